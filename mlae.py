@@ -120,16 +120,11 @@ class MLAELinear(nn.Linear):
             raise ValueError(f"expert_mask must hold {rank} values of 0 or 1, not {expert_mask!r}")
         self.register_buffer("expert_mask", mask.to(**like))
         if rows is not None:
-            rows = torch.as_tensor(rows, dtype=torch.long).cpu()
-            if (
-                rows.ndim != 1
-                or not 0 < len(rows) == len(rows.unique())
-                or rows.min() < 0
-                or rows.max() >= out_features
-            ):
+            rows = torch.as_tensor(rows, dtype=torch.long, device="cpu")
+            if not 0 < len(rows) == len(rows.unique()) or not 0 <= rows.min() <= rows.max() < out_features:
                 raise ValueError(f"rows must be different row numbers from 0 to {out_features - 1}")
             rows = rows.to(self.weight.device)
-        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("rows", rows)
 
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(out_features if rows is None else len(rows), rank, **like))

@@ -1,0 +1,288 @@
+"""train.py and eval.py as a user runs them, on the embedded demo and a small prepared folder."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import data
+import eval as evaluation
+import model as models
+import train
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """Runs train.py in this process, from another folder, on small images; returns its last line."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        train.main(["--device", "cpu", "--epochs", "2", "--img-size", "14", *map(str, arguments)])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return call
+
+
+def log(metrics):
+    with open(Path(metrics["run"], "log.csv")) as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_and_all_its_files(run):
+    metrics = run("--mask-prob", 0.3)
+    folder = Path(metrics["run"])
+    assert {f.name for f in folder.iterdir()} == {"config.json", "log.csv", "metrics.json", "adapter.safetensors"}
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert folder.parent == Path("runs/digits")
+    net = models.create("vit_nano", 10)
+    assert metrics["head_parameters"] == 97 * 10
+    assert metrics["trainable_parameters"] == 6 * 8 * (96 + 288 + 1) + 970
+    assert metrics["trainable_parameters"] == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert metrics["method"] == "mlae" and metrics["dataset"] == "digits" and metrics["seed"] == 0
+    assert 15 < metrics["test_top1"] <= 100 and metrics["train_seconds"] > 0 and metrics["peak_memory_mb"] > 50
+    config = json.loads((folder / "config.json").read_text())
+    assert config["arguments"]["mask_prob"] == 0.3 and config["versions"]["torch"] == torch.__version__
+    assert config["weights"]["tag"] == "vit_nano:vit_nano.safetensors" and len(config["weights"]["sha256"]) == 64
+    rows = log(metrics)
+    assert [row["epoch"] for row in rows] == ["1", "2"] and {row["mask_prob"] for row in rows} == {"0.3"}
+    assert float(rows[1]["loss"]) < float(rows[0]["loss"])
+
+
+def test_the_score_is_that_of_the_saved_adapter_by_hand(run):
+    metrics = run()
+    net = models.create("vit_nano", 10, img_size=14).eval()
+    models.load_adapter(net, Path(metrics["run"], "adapter.safetensors"))
+    images, labels = data.load("digits", img_size=14)[1].tensors()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        logits = net((images / 255 - mean[:, None, None]) / std[:, None, None])
+    assert metrics["test_top1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item(), abs=0.13)
+    assert metrics["test_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-4)
+
+
+def test_same_seed_same_result_and_another_seed_another(run):
+    first, again = run("--out", "a"), run("--out", "b", "--workers", 1)
+    other = run("--out", "a", "--seed", 1)
+    one, two, three = (load_file(Path(m["run"], "adapter.safetensors")) for m in (first, again, other))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not torch.equal(one["head.weight"], three["head.weight"])
+    assert first["run"] != other["run"] and Path(first["run"]).name == Path(again["run"]).name
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_resume_goes_on_as_if_nothing_had_happened(run, monkeypatch, at):
+    arguments = ["--epochs", 3, "--drop-path", 0.1, "--mask-schedule", "increase"]
+    whole = run("--out", "whole", *arguments)
+    save = train.save_state
+
+    def save_and_stop(path, model, optimizer, epoch, *rest):
+        save(path, model, optimizer, epoch, *rest)
+        if epoch == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_state", save_and_stop)
+    with pytest.raises(SystemExit) as stop:
+        run("--out", "parts", *arguments)
+    assert stop.value.code == 130
+    monkeypatch.setattr(train, "save_state", save)
+    torch.manual_seed(123)
+    resumed = run("--out", "parts", *arguments, "--resume")
+    one, two = (load_file(Path(m["run"], "adapter.safetensors")) for m in (whole, resumed))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    for a, b in zip(log(whole), log(resumed), strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    assert resumed["test_loss"] == whole["test_loss"]
+    assert run("--out", "parts", *arguments, "--resume") == resumed  # finished: nothing runs again
+
+
+def test_learning_rates_are_the_formula(run):
+    # 13 steps an epoch (800 images), 4 epochs: one epoch of warm-up, then half a cosine over three
+    want = [1e-3 * (i + 1) / 13 for i in range(13)]
+    want += [1e-3 * (1 + math.cos(math.pi * i / 39)) / 2 for i in range(39)]
+    got = [train.learning_rate(i, 52, 13, 1e-3) for i in range(52)]
+    assert got == pytest.approx(want, rel=1e-12)
+    rows = log(run("--val", "--epochs", 4, "--lr", 1e-3, "--warmup-epochs", 1))
+    assert [float(row["lr"]) for row in rows] == pytest.approx([want[12], want[25], want[38], want[51]])
+
+
+def test_every_method_and_masking(run):
+    head = run("--method", "linear", "--val")
+    assert head["trainable_parameters"] == head["head_parameters"] == 970 and "test_top1" not in head
+    assert run("--method", "full", "--epochs", 1)["trainable_parameters"] == 688_138
+    assert run("--method", "lora")["trainable_parameters"] == 6 * 8 * (96 + 288) + 970
+    fixed = run("--masking", "fixed", "--mask-pattern", "incremental", "--targets", "attn.proj", "mlp.fc2")
+    assert {row["mask_prob"] for row in log(fixed)} == {"0.0"}
+    mixed = run("--masking", "mixed", "--mask-schedule", "decrease", "--rank", 2, "--normalize", "model")
+    assert [row["mask_prob"] for row in log(mixed)] == ["0.5", "0.0"]
+    assert len({m["run"] for m in (head, fixed, mixed)}) == 3
+
+
+def test_lora_is_mlae_without_masks_and_with_constant_lambda(run, monkeypatch):
+    lora = run("--method", "lora", "--coef-init", 2, "--epochs", 1)
+    state = load_file(Path(lora["run"], "adapter.safetensors"))
+    assert all((value == 2).all() for key, value in state.items() if key.endswith("lora_lambda"))
+
+
+def test_weight_decay_leaves_vectors_alone(run, capsys, tmp_path):
+    train.main(["--device", "cpu", "--epochs", "1"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "with decay" in line)
+    matrices, vectors = 6 * 8 * (96 + 288) + 960, 6 * 8 + 10
+    assert line.endswith(f"{matrices:,} with decay 0.0001, {vectors} with decay 0")
+    assert line.startswith(f"{6 * 8 * (96 + 288 + 1):,} + 970 (head) of ")
+
+
+def test_evaluation_restores_every_mode(nano):
+    net = nano(mask_prob=0.5).train()
+    net.blocks[2].eval()
+    before = [module.training for module in net.modules()]
+    images = data.load("digits", img_size=28)[1]
+    normalize = data.normalizer(*data.NORMALIZE["imagenet"], "cpu")
+    first = evaluation.evaluate(net, images, normalize)
+    assert [module.training for module in net.modules()] == before
+    assert evaluation.evaluate(net, images, normalize) == first  # no mask acted
+
+
+def score_again(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        sys.argv = ["eval.py", *map(str, arguments)]
+        evaluation.main()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--val", "--amp", "bf16", "--masking", "mixed"], ["--method", "full"]])
+def test_eval_repeats_the_number(run, capsys, monkeypatch, tmp_path, arguments):
+    metrics = run(*arguments)
+    folder = Path(metrics["run"]).resolve()
+    monkeypatch.chdir("/")
+    code, out, _ = score_again(capsys, folder, "--device", "cpu")
+    split = "val" if "--val" in arguments else "test"
+    top1, loss = metrics[f"{split}_top1"], metrics[f"{split}_loss"]
+    assert f"unmerged  top-1 {top1:.2f} %   loss {loss:.6f}" in out
+    assert "merged    top-1" in out.replace("unmerged", "") and out.rstrip().endswith("they agree") and code == 0
+    assert f"{metrics['trainable_parameters']:,} trained, of them {metrics['head_parameters']:,} in the head" in out
+
+
+def test_eval_of_what_is_not_the_run_it_was(run, capsys, tmp_path, monkeypatch):
+    code, _, err = score_again(capsys, tmp_path / "absent")
+    assert code == 2 and err.count("\n") == 1 and "is not a run of train.py" in err
+    folder = Path(run("--method", "linear")["run"])
+    other = tmp_path / "other.safetensors"
+    changed = load_file(models.NANO_FILE)
+    models.save_file({key: value + 1 for key, value in changed.items()}, other)
+    code, _, err = score_again(capsys, folder, "--checkpoint", other)
+    assert code == 2 and "sha256 differs" in err
+    monkeypatch.setattr(models, "merge", lambda model: models.create("vit_nano", 10, img_size=14))
+    code, out, _ = score_again(capsys, folder)
+    assert code == 1 and "they agree" not in out
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    folder = tmp_path / "data" / "vtab-1k" / "cifar"
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / "images" / f"{i}.png")
+    for name, count in {"train800": 800, "val200": 200, "train800val200": 1000, "test": 30}.items():
+        (folder / f"{name}.txt").write_text("".join(f"images/{i % 10}.png {i % 10 * 7}\n" for i in range(count)))
+    return folder
+
+
+def test_a_vtab_task_from_its_prepared_folder(run, cifar):
+    metrics = run("--dataset", "cifar100", "--model", "vit_nano", "--lr", 0.003)
+    assert metrics["dataset"] == "cifar" and metrics["data"].endswith("30 of 10000 test (subset)")
+    assert metrics["head_parameters"] == 97 * 100
+    assert float(log(metrics)[-1]["loss"]) < math.log(100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "cifra"], "unknown dataset 'cifra': did you mean 'cifar'?"),
+        (["--mask-prob", "1"], "argument --mask-prob: must be in [0, 1), not 1"),
+        (["--mask-prob", "nan"], "argument --mask-prob: must be in [0, 1), not nan"),
+        (["--mask-prob", "half"], "argument --mask-prob: invalid fraction value: 'half'"),
+        (["--rank", "0"], "argument --rank: must be above 0, not 0"),
+        (["--rank", "x"], "argument --rank: invalid int value: 'x'"),
+        (["--lr", "-1"], "argument --lr: must be above 0, not -1"),
+        (["--targets", "attn.qvk"], "target 'attn.qvk' matches no linear layer of vit_nano; there are: attn.qkv (6)"),
+        (["--dataset", "dtd"], "no folder "),
+        (["--dataset", "cub"], "cub (fgvc) cannot be loaded yet"),
+        (["--model", "vit_nanoo"], "timm has no model 'vit_nanoo'"),
+        (["--checkpoint", "absent.pth"], "no checkpoint file "),
+        (["--warmup-epochs", "2"], "--warmup-epochs 2 must be from 0 to below --epochs 2"),
+        (["--mask-schedule", "increase", "--masking", "fixed"], "--mask-schedule increase needs --masking stochastic"),
+        (
+            ["--mask-pattern", "hourglass", "--mask-prob", "0.8"],
+            "hourglass over 6 layers reaches a mean of 0.66 at most",
+        ),
+        (["--img-size", "30"], "img_size 30 is not a multiple of vit_nano's patch size 7"),
+        (["--maskprob", "0.5"], "unrecognized arguments: --maskprob 0.5"),
+        (["--device", "cuda"], "--device cuda: there is none here"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, arguments, message):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--epochs", "2", *arguments])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.err.count("\n") == 1 and message in captured.err, captured.err
+    assert not captured.out and not list(tmp_path.iterdir())
+
+
+def test_damaged_images_stop_the_run_before_it_writes(run, cifar, capsys):
+    arguments = ["--dataset", "cifar", "--model", "vit_nano"]
+    whole = (cifar / "images/3.png").read_bytes()
+    (cifar / "images/3.png").write_bytes(whole[:60])
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "3.png" in err and err.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_a_bug_keeps_its_traceback(run, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: {}["bug"])
+    with pytest.raises(KeyError, match="bug"):
+        run()
+
+
+def test_the_command_line_itself(tmp_path):
+    bad = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--dataset", "cifra"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert bad.returncode == 2 and bad.stderr == "train.py: error: unknown dataset 'cifra': did you mean 'cifar'?\n"
+    assert subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True).returncode == 0
+
+
+def test_demo_beats_the_linear_probe(run):
+    """The README's claim with fewer epochs: the method shows."""
+    mlae, linear = (run("--epochs", 10, "--img-size", 28, "--method", method) for method in ("mlae", "linear"))
+    assert mlae["test_top1"] > linear["test_top1"] + 5
+
+
+def test_real_images_and_a_real_model(run):
+    """The main job on real data, where a copy is at hand (data/vtab-1k/cifar and $MLAE_CHECKPOINT)."""
+    import os
+
+    file, folder = os.environ.get("MLAE_CHECKPOINT"), ROOT / "data"
+    if not file or not (folder / "vtab-1k/cifar").is_dir():
+        pytest.skip("no data/vtab-1k/cifar or no MLAE_CHECKPOINT=<a vit_small_patch14_dinov2 file>")
+    metrics = run(
+        *("--dataset", "cifar", "--data-dir", folder, "--model", "vit_small_patch14_dinov2", "--checkpoint", file),
+        *("--img-size", 42, "--epochs", 1),
+    )
+    assert metrics["test_top1"] > 2

@@ -1,0 +1,335 @@
+"""Train MLAE (or LoRA, a linear probe, full fine-tuning) on one task, score it once, and print one line of JSON.
+
+    python train.py                                            # the embedded demo: digits, no network, no GPU
+    python train.py --dataset dtd --mask-prob 0.5              # a VTAB-1k task, ViT-B/16: one GPU
+    python train.py --dataset dtd --val --mask-prob 0.7        # choose settings: train on 800, score val200
+
+On a CPU take a small model at a small size, for example `--model vit_small_patch14_dinov2 --img-size 98 --epochs 10`.
+Everything a run leaves is in runs/<dataset>/<name>/: config.json, log.csv, adapter.safetensors, metrics.json. The last
+weights are scored, once, at the end; no epoch is chosen. `python eval.py RUN` scores a run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from tqdm import tqdm
+
+import data
+import model as models
+from eval import Parser, evaluate, pick_device
+from mlae import PATTERNS, mask_rates, set_mask_prob
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+# Flags left out take these. vtab-1k and fgvc: the field's common recipe (AdapterPlus) on the MLAE paper's backbone.
+RECIPE = {"model": "vit_base_patch16_224.orig_in21k", "epochs": 100, "lr": 1e-3, "drop_path": 0.1}
+PRESETS = {
+    "vtab-1k": RECIPE,
+    "fgvc": RECIPE,
+    "demo": {"model": "vit_nano", "epochs": 30, "lr": 5e-3, "drop_path": 0.0},
+    "pretraining": {"model": "vit_nano", "epochs": 12, "lr": 1e-3, "drop_path": 0.1},
+}
+LIBRARIES = (torch, torchvision, timm)
+SCHEDULES = {
+    "constant": lambda progress: 1.0,
+    "increase": lambda progress: progress,
+    "decrease": lambda progress: 1.0 - progress,
+}
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Linear from peak / warmup at step 0 to peak, then half a cosine towards 0 at step `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def run(args: argparse.Namespace) -> dict:
+    """One run, from arguments to files; returns what `metrics.json` holds."""
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    bf16 = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+    # data
+    load = {"name": args.dataset, "root": os.path.abspath(args.data_dir), "img_size": args.img_size}
+    load["split"] = "train" if args.val else "trainval"
+    train, test = data.load(**load)
+    images, labels = train.tensors(device, args.workers)  # (N, 3, S, S) uint8, (N,)
+
+    # model
+    scratch = args.checkpoint == "none"
+    create = {
+        "name": args.model,
+        "num_classes": data.TASKS[args.dataset].classes,
+        "method": args.method,
+        "pretrained": not scratch,
+        "checkpoint": os.path.abspath(args.checkpoint) if args.checkpoint and not scratch else None,
+        "img_size": args.img_size,
+        "drop_path": args.drop_path,
+        "rank": args.rank,
+        "mask_prob": args.mask_prob,
+        "masking": args.masking,
+        "pattern": args.mask_pattern,
+        "targets": args.targets,
+        "coef_init": args.coef_init,
+    }
+    model = models.create(**create).to(device)
+    cfg, counts = model.pretrained_cfg, models.count_parameters(model)
+    mean, std = data.NORMALIZE.get(args.normalize) or (cfg["mean"], cfg["std"])
+    normalize = data.normalizer(mean, std, device)
+    num_layers = len(models.experts(model))
+
+    # optimizer: no weight decay for vectors (lambda, biases, norms) and for what timm exempts (position embeddings)
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = [{"params": [], "weight_decay": decay} for decay in (args.weight_decay, 0.0)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim < 2 or name in exempt]["params"].append(parameter)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    steps_per_epoch = math.ceil(len(train) / args.batch_size)
+    steps, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
+
+    # the run's folder: the same arguments give the same folder
+    settings = {**vars(args), "checkpoint": create["checkpoint"] and os.path.basename(create["checkpoint"])}
+    for name in ("data_dir", "device", "workers", "out", "resume"):
+        del settings[name]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    short = args.model.replace("/", "_").replace(":", "_")
+    folder = Path(args.out, args.dataset, f"{args.method}-{short}-seed{args.seed}{'-val' * args.val}-{digest}")
+    metrics_file, state_file = folder / "metrics.json", folder / "state.pt"
+    if args.resume and metrics_file.exists():
+        return json.loads(metrics_file.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics_file.unlink(missing_ok=True)
+    config = {
+        "arguments": vars(args),
+        "load": load,
+        "create": create,
+        "mean": mean,
+        "std": std,
+        "bf16": bf16,
+        "weights": models.provenance(model, create["checkpoint"], create["pretrained"]),
+        "data": [train.about, test.about],
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in LIBRARIES},
+        "git": git_hash(),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+    head, trained = counts["head_parameters"], counts["trainable_parameters"]
+    print(f"{args.method} on {args.dataset}: {train.about}; {config['weights']['tag']}, {args.img_size} px, {device}")
+    print(f"{trained - head:,} + {head:,} (head) of {counts['total_parameters']:,} parameters train:", end=" ")
+    print(", ".join(f"{sum(p.numel() for p in g['params']):,} with decay {g['weight_decay']:g}" for g in groups))
+
+    # training
+    net = torch.compile(model) if args.compile else model
+    epoch, rows, seconds = 0, [], 0.0
+    if args.resume and state_file.exists():
+        epoch, rows, seconds = restore(state_file, model, optimizer)
+        print(f"resumed after epoch {epoch}")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    bar = tqdm(total=steps, initial=epoch * steps_per_epoch, unit="step", disable=None)
+    model.train()
+    for epoch in range(epoch, args.epochs):  # noqa: B020
+        start = time.perf_counter()
+        p = 0.0
+        if args.method == "mlae" and args.masking != "fixed":
+            p = args.mask_prob * SCHEDULES[args.mask_schedule](epoch / max(1, args.epochs - 1))
+            set_mask_prob(model, mask_rates(args.mask_pattern, num_layers, p).tolist())
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed * 10_007 + epoch))
+        loss_sum = correct = torch.zeros((), device=device)
+        for i, batch in enumerate(order.to(device).split(args.batch_size)):
+            lr = learning_rate(epoch * steps_per_epoch + i, steps, warmup, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = net(normalize(images[batch]))  # (B, classes)
+            loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=args.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss_sum = loss_sum + loss.detach() * len(batch)
+            correct = correct + (logits.detach().argmax(1) == labels[batch]).sum()
+            bar.update()
+        mean_loss, train_top1 = loss_sum.item() / len(labels), 100 * correct.item() / len(labels)
+        bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{lr:.1e}")
+        seconds += time.perf_counter() - start
+        rows.append([epoch + 1, lr, p, round(mean_loss, 6), round(train_top1, 2), round(seconds, 2)])
+        save_state(state_file, model, optimizer, epoch + 1, rows, seconds)
+        with open(folder / "log.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["epoch", "lr", "mask_prob", "loss", "train_top1", "seconds"], *rows])
+    bar.close()
+    models.save_adapter(model, folder / "adapter.safetensors", config)
+
+    # the one evaluation, with the last weights
+    scores = evaluate(model, test, normalize, bf16=bf16, workers=args.workers)
+    split = "val" if args.val else "test"
+    metrics = {
+        "dataset": args.dataset,
+        "method": args.method,
+        "model": config["weights"]["tag"],
+        "seed": args.seed,
+        f"{split}_top1": scores["top1"],
+        f"{split}_loss": scores["loss"],
+        "data": test.about,
+        "trainable_parameters": counts["trainable_parameters"],
+        "head_parameters": counts["head_parameters"],
+        "train_seconds": round(seconds, 1),
+        "peak_memory_mb": peak_memory_mb(device),
+        "run": str(folder),
+    }
+    metrics_file.write_text(json.dumps(metrics))
+    state_file.unlink()
+    return metrics
+
+
+def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *progress) -> None:
+    """All that `restore` needs to go on as if nothing had happened; written whole or not at all."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state = {
+        "model": models.adapter_state(model),
+        "optimizer": optimizer.state_dict(),
+        "rng": [torch.get_rng_state(), cuda],
+        "progress": progress,
+    }
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+    """Load what `save_state` wrote; returns its progress: epochs done, log rows, seconds."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    cpu, cuda = state["rng"]
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+    return state["progress"]
+
+
+def peak_memory_mb(device: torch.device) -> int | None:
+    """Highest memory use in MiB: allocated on a CUDA device, else of the whole process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, KiB on Linux
+
+
+def git_hash() -> str | None:
+    try:
+        where = Path(__file__).resolve().parent
+        return subprocess.check_output(
+            ["git", "rev-parse", "HEAD"], cwd=where, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not a clone
+
+
+HELP = {
+    "normalize": "channel mean and std: ImageNet's, as most published results, the model's, none (default: imagenet)",
+    "targets": "ends of layer paths: attn.qkv attn.q attn.k attn.v attn.proj mlp.fc1 mlp.fc2 (default: attn.qkv)",
+    "coef_init": "start of every lambda; for lora its frozen value alpha / rank (default: 1, that is alpha = rank)",
+    "mask_schedule": "p over the epochs: p, from 0 to p, from p to 0 (default: constant, as published)",
+}
+
+
+def positive(kind: type):
+    def parse(text: str):
+        if not kind(text) > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return parse
+
+
+def fraction(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), not {text}")
+    return float(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flag = parser.add_argument
+    # data
+    flag("--dataset", default="digits", help="a task of data.py's table (default: digits, the embedded demo)")
+    flag("--data-dir", default="data", help="the folder that holds vtab-1k/<task>/ (default: data)")
+    flag("--img-size", type=positive(int), help="side in pixels (default: the model's own)")
+    flag("--normalize", choices=[*data.NORMALIZE, "model"], default="imagenet", help=HELP["normalize"])
+    # model
+    flag("--model", help="timm name with its tag (default: the paper's ViT-B/16 IN-21k; vit_nano for digits)")
+    flag("--checkpoint", help="local .safetensors, .pth or Google .npz weights (default: timm's download)")
+    flag("--method", choices=models.METHODS, default="mlae", help="what trains beside the head (default: mlae)")
+    flag("--targets", nargs="+", default=["attn.qkv"], metavar="PATH", help=HELP["targets"])
+    flag("--rank", type=positive(int), default=8, help="experts a layer (default: 8; 0.30 M parameters on ViT-B)")
+    flag("--coef-init", type=positive(float), default=1.0, help=HELP["coef_init"])
+    # masking
+    flag("--mask-prob", type=fraction, default=0.5, help="masking probability p (default: 0.5, the paper's middle)")
+    flag("--masking", choices=models.MASKINGS, default="stochastic", help="default: stochastic, the paper's best")
+    flag("--mask-pattern", choices=PATTERNS, default="random", help="p over depth (default: random, p everywhere)")
+    flag("--mask-schedule", choices=SCHEDULES, default="constant", help=HELP["mask_schedule"])
+    # optimization
+    flag("--epochs", type=positive(int), help="default: 100, the field's common recipe; digits 30")
+    flag("--batch-size", type=positive(int), default=64, help="default: 64, as published; the last batch is shorter")
+    flag("--lr", type=positive(float), help="AdamW's peak (default: 1e-3, the common recipe; digits 5e-3, by val200)")
+    flag("--weight-decay", type=fraction, default=1e-4, help="of matrices only (default: 1e-4, as published)")
+    flag("--warmup-epochs", type=float, help="linear, then cosine to 0 (default: a tenth of the epochs)")
+    flag("--drop-path", type=fraction, help="stochastic depth (default: 0.1, the common recipe; digits 0)")
+    flag("--label-smoothing", type=fraction, default=0.0, help="default: 0, as VTAB-1k results do without")
+    # run
+    flag("--seed", type=int, default=0, help="of head, experts, masks, image order and drop-path (default: 0)")
+    flag("--val", action="store_true", help="train on 800, score val200, leave the test set alone: to choose settings")
+    flag("--amp", choices=["auto", "bf16", "off"], default="auto", help="default: auto, bf16 where CUDA has it")
+    flag("--compile", action="store_true", help="torch.compile (default: off; compiling takes longer than the demo)")
+    flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto, the fastest here")
+    flag("--workers", type=positive(int), default=4, help="threads that decode images (default: 4)")
+    flag("--out", default="runs", help="where run folders go (default: runs)")
+    flag("--resume", action="store_true", help="go on after the last whole epoch of the same run")
+    args = parser.parse_args(argv)
+    try:
+        task = data.find_task(args.dataset)
+        args.dataset = task.name
+        for name, value in PRESETS[task.benchmark].items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        if args.warmup_epochs is None:
+            args.warmup_epochs = args.epochs / 10
+        if not 0 <= args.warmup_epochs < args.epochs:
+            parser.error(f"--warmup-epochs {args.warmup_epochs:g} must be from 0 to below --epochs {args.epochs}")
+        if args.mask_schedule != "constant" and args.masking == "fixed":
+            parser.error(f"--mask-schedule {args.mask_schedule} needs --masking stochastic or mixed: fixed masks stay")
+        args.img_size = args.img_size or models.input_size(args.model)
+        metrics = run(args)
+    except (data.DataError, models.ModelError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
+    print(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    main()
