@@ -102,7 +102,7 @@ TASKS: dict[str, Task] = {
         Task("oxford_flowers", "fgvc", "flowers", 102, (1020, 1020, 6149), "torchvision Flowers102", ("fgvc_flowers",)),
         Task("stanford_dogs", "fgvc", "dogs", 120, (10800, 1200, 8580), "Stanford Dogs", ("dogs",)),
         Task("stanford_cars", "fgvc", "cars", 196, (7329, 815, 8041), "Stanford Cars", ("cars",)),
-        Task("digits", "demo", "demo", 10, (800, 200, 797), "embedded: UCI Optical Recognition of Handwritten Digits"),
+        Task("digits", "demo", "demo", 10, (800, 200, 797), "embedded UCI handwritten digits"),
         Task(
             "fashion_mnist", "pretraining", "demo", 10, (50000, 10000, 10000), "torchvision FashionMNIST", ("fashion",)
         ),
@@ -190,7 +190,7 @@ def load(
         raise DataError(f"{task.name} ({task.benchmark}) cannot be loaded yet; the tasks of vtab-1k and digits can")
     train, val, test = task.sizes
     cut, stop = (train, train + val) if split == "train" else (train + val, train + val + test)
-    about = f"{task.origin}, {'train / val' if split == 'train' else 'train + val / test'} {cut} / {stop - cut}"
+    about = f"{task.origin}, {cut} train / {stop - cut} {'val' if split == 'train' else 'test'}"
     return tuple(Images(images[part], labels[part], img_size, about) for part in (slice(cut), slice(cut, stop)))
 
 
@@ -223,7 +223,7 @@ def _prepared(task: Task, folder: Path, split: str, img_size: int) -> tuple[Imag
             raise DataError(f"{folder / listing} has {len(paths)} images, VTAB-1k's {task.name} has {count}")
         found.append((paths, labels))
     (train_paths, _), (test_paths, _) = found
-    sizes = f"{len(train_paths)} train / {len(test_paths)} {listing.removesuffix('.txt')}"
+    sizes = f"{len(train_paths)} train / {len(test_paths)} {'val' if split == 'train' else 'test'}"
     if len(test_paths) < count:
         sizes = f"{len(train_paths)} train / {len(test_paths)} of {count} test (subset)"
     if (folder / "SUBSET").exists():

@@ -36,8 +36,7 @@ PATTERNS = ("random", "incremental", "decremental", "hourglass", "protruding")
 def _fold(weight: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
     """W' = W + B diag(c) A (out, in), in float32 or wider whatever autocast says, so that it is rounded only once."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    device = weight.device.type
-    with torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False):
+    with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):
         return weight + (B.to(wide) * c.to(wide)) @ A.to(wide)
 
 
@@ -170,7 +169,7 @@ class MLAELinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype, device = self.weight.dtype, x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        if not x.is_meta and torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         elif x.dtype != dtype:
             raise RuntimeError(f"input is {x.dtype} but the layer's weight is {dtype}")

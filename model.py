@@ -32,6 +32,9 @@ from mlae import MLAELinear, fixed_masks, mask_rates
 METHODS = ("mlae", "lora", "linear", "full")
 MASKINGS = ("stochastic", "fixed", "mixed")
 
+# Timm's modules whose fused qkv layer is not q, k and v one after the other (they alternate by head, or lack q).
+INTERLEAVED = ("csatv2", "efficientformer", "gcvit", "levit", "maxxvit", "tiny_vit")
+
 # The demo's backbone: timm's ViT-Ti made smaller, 16 tokens, 0.7 M parameters, pre-trained on Fashion-MNIST.
 NANO = {"img_size": 28, "patch_size": 7, "embed_dim": 96, "depth": 6, "num_heads": 3}
 NANO_CFG = {
@@ -171,12 +174,19 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
         state = adapt(state, model)
     new = tuple(f"{name}." for name in heads(model))
     state = {key: value for key, value in state.items() if not key.startswith(new)}
-    wrong_shape = [key for key, value in model.state_dict().items() if key in state and state[key].shape != value.shape]
-    missing = [key for key in model.state_dict() if key not in state and not key.startswith(new)]
-    unexpected = [key for key in state if key not in model.state_dict()]
-    for what, keys in (("lacks", missing), ("does not know", unexpected), ("has another shape for", wrong_shape)):
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith(new)}
+    _load_strictly(model, state, own, f"checkpoint {path}")
+
+
+def _load_strictly(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor], file: str) -> None:
+    """Load `state` if it has exactly the keys and shapes of `own`, a part of the model's state; else ModelError."""
+    for what, keys in {
+        "has unknown": [key for key in state if key not in own],
+        "lacks": [key for key in own if key not in state],
+        "has other shapes (rank, classes, size) in": [k for k in own if k in state and state[k].shape != own[k].shape],
+    }.items():
         if keys:
-            raise ModelError(f"checkpoint {path} does not fit {architecture(model)}: it {what} {_few(keys)}")
+            raise ModelError(f"{file} does not fit {architecture(model)} as it was made: it {what} {_few(keys)}")
     model.load_state_dict(state, strict=False)
 
 
@@ -249,8 +259,13 @@ def _find(model: nn.Module, targets: Sequence[str]) -> dict[str, list[int] | Non
         stem, _, part = f".{target}".rpartition(".")
         if not hits and part in ("q", "k", "v"):  # a third of a fused layer
             fused = {name: m for name, m in linears.items() if f".{name}".endswith(f"{stem}.qkv")}
-            third = {name: m.out_features // 3 for name, m in fused.items() if m.out_features % 3 == 0}
-            hits = {name: range("qkv".index(part) * n, ("qkv".index(part) + 1) * n) for name, n in third.items()}
+            for name, module in fused.items():
+                n, parent = module.out_features // 3, model.get_submodule(name.rpartition(".")[0])
+                if type(parent).__module__.rpartition(".")[2] in INTERLEAVED or module.out_features % 3:
+                    raise ModelError(
+                        f"target {target!r}: {name} of {architecture(model)} has no {part} rows of its own"
+                    )
+                hits[name] = range("qkv".index(part) * n, ("qkv".index(part) + 1) * n)
         if not hits:
             ends = Counter(".".join([p for p in name.split(".") if not p.isdigit()][-2:]) for name in linears)
             there = ", ".join(f"{end} ({count})" for end, count in ends.items()) or "none"
@@ -349,21 +364,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> dict:
         raise ModelError(f"cannot read adapter {path}: {error}") from error
     if metadata.get("architecture") != architecture(model):
         raise ModelError(f"adapter {path} is for {metadata.get('architecture')}, not for {architecture(model)}")
-    own = adapter_state(model)
-    unknown, missing = [k for k in state if k not in own], [k for k in own if k not in state]
-    shapes = [
-        f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    for what, keys in (
-        ("has unknown", unknown),
-        ("lacks", missing),
-        ("has another rank or number of classes:", shapes),
-    ):
-        if keys:
-            raise ModelError(f"adapter {path} does not fit the model: it {what} {_few(keys)}")
-    model.load_state_dict(state, strict=False)
+    _load_strictly(model, state, adapter_state(model), f"adapter {path}")
     return json.loads(metadata.get("config", "{}"))
 
 

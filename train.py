@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -64,6 +65,18 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 def run(args: argparse.Namespace) -> dict:
     """One run, from arguments to files; returns what `metrics.json` holds."""
+    # the run's folder: the same arguments give the same folder
+    settings = {**vars(args), "checkpoint": args.checkpoint and os.path.basename(args.checkpoint)}
+    for name in ("data_dir", "device", "workers", "out", "resume", "seeds"):
+        del settings[name]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    short = args.model.replace("/", "_").replace(":", "_")
+    folder = Path(args.out, args.dataset, f"{args.method}-{short}-seed{args.seed}{'-val' * args.val}-{digest}")
+    metrics_file, state_file = folder / "metrics.json", folder / "state.pt"
+    if args.resume and metrics_file.exists():
+        return json.loads(metrics_file.read_text())
+
+    # seed and device
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     bf16 = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
@@ -107,16 +120,7 @@ def run(args: argparse.Namespace) -> dict:
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     steps, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
 
-    # the run's folder: the same arguments give the same folder
-    settings = {**vars(args), "checkpoint": create["checkpoint"] and os.path.basename(create["checkpoint"])}
-    for name in ("data_dir", "device", "workers", "out", "resume"):
-        del settings[name]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
-    short = args.model.replace("/", "_").replace(":", "_")
-    folder = Path(args.out, args.dataset, f"{args.method}-{short}-seed{args.seed}{'-val' * args.val}-{digest}")
-    metrics_file, state_file = folder / "metrics.json", folder / "state.pt"
-    if args.resume and metrics_file.exists():
-        return json.loads(metrics_file.read_text())
+    # from here on the run writes
     folder.mkdir(parents=True, exist_ok=True)
     metrics_file.unlink(missing_ok=True)
     config = {
@@ -127,7 +131,7 @@ def run(args: argparse.Namespace) -> dict:
         "std": std,
         "bf16": bf16,
         "weights": models.provenance(model, create["checkpoint"], create["pretrained"]),
-        "data": [train.about, test.about],
+        "data": test.about,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in LIBRARIES},
         "git": git_hash(),
@@ -149,6 +153,9 @@ def run(args: argparse.Namespace) -> dict:
         torch.cuda.reset_peak_memory_stats()
     bar = tqdm(total=steps, initial=epoch * steps_per_epoch, unit="step", disable=None)
     model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and args.method != "full":
+            module.eval()  # its running statistics belong to the frozen base
     for epoch in range(epoch, args.epochs):  # noqa: B020
         start = time.perf_counter()
         p = 0.0
@@ -200,6 +207,21 @@ def run(args: argparse.Namespace) -> dict:
     metrics_file.write_text(json.dumps(metrics))
     state_file.unlink()
     return metrics
+
+
+def summarize(results: list[dict]) -> dict:
+    """One line for runs that differ in their seed alone: mean and sample standard deviation of top-1, total time."""
+    summary = {key: value for key, value in results[0].items() if all(r[key] == value for r in results)}
+    top1 = next(key for key in results[0] if key.endswith("_top1"))
+    scores = [r[top1] for r in results]
+    return summary | {
+        top1: round(statistics.mean(scores), 2),
+        f"{top1}_std": round(statistics.stdev(scores), 2),
+        "seed": [r["seed"] for r in results],
+        "train_seconds": round(sum(r["train_seconds"] for r in results), 1),
+        "peak_memory_mb": max(r["peak_memory_mb"] or 0 for r in results),
+        "run": [r["run"] for r in results],
+    }
 
 
 def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *progress) -> None:
@@ -301,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--label-smoothing", type=fraction, default=0.0, help="default: 0, as VTAB-1k results do without")
     # run
     flag("--seed", type=int, default=0, help="of head, experts, masks, image order and drop-path (default: 0)")
+    flag("--seeds", type=int, nargs="+", metavar="SEED", help="one run each, then mean and standard deviation")
     flag("--val", action="store_true", help="train on 800, score val200, leave the test set alone: to choose settings")
     flag("--amp", choices=["auto", "bf16", "off"], default="auto", help="default: auto, bf16 where CUDA has it")
     flag("--compile", action="store_true", help="torch.compile (default: off; compiling takes longer than the demo)")
@@ -322,13 +345,18 @@ def main(argv: list[str] | None = None) -> None:
         if args.mask_schedule != "constant" and args.masking == "fixed":
             parser.error(f"--mask-schedule {args.mask_schedule} needs --masking stochastic or mixed: fixed masks stay")
         args.img_size = args.img_size or models.input_size(args.model)
-        metrics = run(args)
+        results = []
+        for seed in args.seeds or [args.seed]:
+            args.seed = seed
+            results.append(run(args))
+            print(json.dumps(results[-1]))
     except (data.DataError, models.ModelError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print("interrupted: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
         sys.exit(130)
-    print(json.dumps(metrics))
+    if len(results) > 1:
+        print(json.dumps(summarize(results)))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_prepared_folder_against_pillow(prepared):
         assert np.array_equal(image.permute(1, 2, 0), want)
     assert train.about == "prepared folder, PNG images, 1000 train / 20 of 10000 test (subset)"
     train, val = load("cifar", prepared, split="train", img_size=16)
-    assert len(train) == 800 and len(val) == 200 and val.about.endswith("800 train / 200 val200")
+    assert len(train) == 800 and len(val) == 200 and val.about.endswith("800 train / 200 val")
 
 
 def test_a_declared_subset_is_named(prepared, tmp_path):

@@ -79,6 +79,16 @@ def test_same_seed_same_result_and_another_seed_another(run):
     assert first["run"] != other["run"] and Path(first["run"]).name == Path(again["run"]).name
 
 
+def test_several_seeds_are_single_runs_and_their_mean(run):
+    summary = run("--seeds", 0, 1, 2)
+    single = run("--seed", 1)
+    scores = [json.loads(Path(folder, "metrics.json").read_text())["test_top1"] for folder in summary["run"]]
+    assert summary["seed"] == [0, 1, 2] and summary["run"][1] == single["run"] and scores[1] == single["test_top1"]
+    assert summary["test_top1"] == pytest.approx(np.mean(scores), abs=0.006)
+    assert summary["test_top1_std"] == pytest.approx(np.std(scores, ddof=1), abs=0.006)
+    assert summary["trainable_parameters"] == single["trainable_parameters"] and "test_loss" not in summary
+
+
 @pytest.mark.parametrize("at", [1, 2])
 def test_resume_goes_on_as_if_nothing_had_happened(run, monkeypatch, at):
     arguments = ["--epochs", 3, "--drop-path", 0.1, "--mask-schedule", "increase"]
@@ -118,13 +128,23 @@ def test_learning_rates_are_the_formula(run):
 def test_every_method_and_masking(run):
     head = run("--method", "linear", "--val")
     assert head["trainable_parameters"] == head["head_parameters"] == 970 and "test_top1" not in head
-    assert run("--method", "full", "--epochs", 1)["trainable_parameters"] == 688_138
+    assert run("--method", "full", "--epochs", 1)["trainable_parameters"] == 688_138 - 12 * 96  # 12 positions fewer
     assert run("--method", "lora")["trainable_parameters"] == 6 * 8 * (96 + 288) + 970
     fixed = run("--masking", "fixed", "--mask-pattern", "incremental", "--targets", "attn.proj", "mlp.fc2")
     assert {row["mask_prob"] for row in log(fixed)} == {"0.0"}
     mixed = run("--masking", "mixed", "--mask-schedule", "decrease", "--rank", 2, "--normalize", "model")
     assert [row["mask_prob"] for row in log(mixed)] == ["0.5", "0.0"]
     assert len({m["run"] for m in (head, fixed, mixed)}) == 3
+
+
+def test_frozen_batch_norms_keep_their_statistics(run, capsys):
+    metrics = run("--model", "resnet18", "--checkpoint", "none", "--method", "linear", "--epochs", 1, "--img-size", 16)
+    torch.manual_seed(0)
+    net = models.create("resnet18", 10, pretrained=False, method="linear").eval()
+    models.load_adapter(net, Path(metrics["run"], "adapter.safetensors"))
+    images = data.load("digits", img_size=16)[1]
+    again = evaluation.evaluate(net, images, data.normalizer(*data.NORMALIZE["imagenet"], "cpu"))
+    assert (again["top1"], again["loss"]) == (metrics["test_top1"], metrics["test_loss"])
 
 
 def test_lora_is_mlae_without_masks_and_with_constant_lambda(run, monkeypatch):
