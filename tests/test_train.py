@@ -303,6 +303,6 @@ def test_real_images_and_a_real_model(run):
         pytest.skip("no data/vtab-1k/cifar or no MLAE_CHECKPOINT=<a vit_small_patch14_dinov2 file>")
     metrics = run(
         *("--dataset", "cifar", "--data-dir", folder, "--model", "vit_small_patch14_dinov2", "--checkpoint", file),
-        *("--img-size", 42, "--epochs", 1),
+        *("--img-size", 42, "--epochs", 3),
     )
-    assert metrics["test_top1"] > 2
+    assert metrics["test_top1"] > 3  # chance is 1; three epochs at 42 pixels gave 5.8
