@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -31,6 +31,9 @@ NORMALIZE = {  # channel mean and std
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+
+
+UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)  # Pillow's ways of saying that a file is no image
 
 
 class DataError(ValueError):
@@ -87,8 +90,8 @@ TASKS: dict[str, Task] = {
         *_vtab(
             "structured",
             [
-                ("clevr_count", 8, 15000, "CLEVR v1.0", ("clevr_count_all",)),
-                ("clevr_dist", 6, 15000, "CLEVR v1.0", ("clevr_closest", "clevr_distance")),
+                ("clevr_count", 8, 15000, "prepared folder only", ("clevr_count_all",)),
+                ("clevr_dist", 6, 15000, "prepared folder only", ("clevr_closest", "clevr_distance")),
                 ("dmlab", 6, 22735, "prepared folder only"),
                 ("kitti", 4, 711, "prepared folder only", ("kitti_dist", "kitti_distance")),
                 ("dsprites_loc", 16, 73728, "dSprites npz", ("dsprites_location", "dsprites_position")),
@@ -121,7 +124,7 @@ def find_task(name: str) -> Task:
     return names[key]
 
 
-class Images(torch.utils.data.Dataset):
+class Images:
     """One split of a task. Item i is (image (3, S, S) uint8, label int), the same at every reading.
 
     Attributes: `labels` (N,) int64, `source` (paths, or an array (N, H, W) of uint8), `about` (where it comes from).
@@ -138,7 +141,7 @@ class Images(torch.utils.data.Dataset):
         item = self.source[i]
         try:
             image = (Image.open(item) if isinstance(item, Path) else Image.fromarray(item)).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways of saying that a file is damaged
+        except (*UNREADABLE, SyntaxError) as error:
             raise DataError(f"cannot read image {item}: {error}; get the file again") from error
         if image.size != (self.img_size, self.img_size):
             image = image.resize((self.img_size, self.img_size), Image.Resampling.BICUBIC)
@@ -219,7 +222,7 @@ def _prepared(task: Task, folder: Path, split: str, img_size: int) -> tuple[Imag
     found, formats = [], set()
     for listing, count in wanted.items():
         paths, labels = _read_list(folder / listing, task.classes, formats)
-        if len(paths) > count or (len(paths) < count and listing != "test.txt"):
+        if not 0 < len(paths) <= count or (len(paths) < count and listing != "test.txt"):
             raise DataError(f"{folder / listing} has {len(paths)} images, VTAB-1k's {task.name} has {count}")
         found.append((paths, labels))
     (train_paths, _), (test_paths, _) = found
@@ -234,10 +237,14 @@ def _prepared(task: Task, folder: Path, split: str, img_size: int) -> tuple[Imag
 
 def _read_list(listing: Path, classes: int, formats: set[str]) -> tuple[list[Path], list[int]]:
     """Paths and labels of one list, each line checked; adds the images' file formats to `formats`."""
-    if not listing.is_file():
-        raise DataError(f"no list {listing}: the prepared folder is incomplete, unpack it again")
+    try:
+        lines = listing.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"no list {listing} ({error}): the prepared folder is damaged, unpack it again") from None
     paths, labels = [], []
-    for number, line in enumerate(listing.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         where = f"{listing}, line {number}"
         try:
             name, label = line.rsplit(None, 1)
@@ -252,8 +259,9 @@ def _read_list(listing: Path, classes: int, formats: set[str]) -> tuple[list[Pat
         try:
             with Image.open(path) as image:  # reads the header only
                 formats.add(image.format)
-        except (OSError, UnidentifiedImageError) as error:
-            reason = "does not exist" if not path.exists() else f"is not a readable image ({type(error).__name__})"
+        except UNREADABLE as error:
+            missing = isinstance(error, FileNotFoundError)
+            reason = "does not exist" if missing else f"is not a readable image ({type(error).__name__})"
             raise DataError(f"{where}: {path} {reason}; unpack the archive again") from None
         paths.append(path)
         labels.append(label)

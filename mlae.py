@@ -17,7 +17,7 @@ To use it elsewhere, copy this file and swap the layers you want to adapt:
 
     before   block.attn.qkv = nn.Linear(768, 2304)
     after    block.attn.qkv = MLAELinear.from_linear(block.attn.qkv, rank=8, mask_prob=0.5)   # W, b frozen and shared
-             model.train() masks, model.eval() does not; train lora_A, lora_B, lora_lambda and your head
+             freeze all else but the head before; model.train() masks, model.eval() does not
              block.attn.qkv = block.attn.qkv.to_linear()                     # when done: a plain nn.Linear, no cost
 """
 
@@ -109,12 +109,11 @@ class MLAELinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device if _frozen is None else "meta", dtype=dtype)
         if _frozen is not None:
             self.weight, self.bias = _frozen.weight, _frozen.bias
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
         self.rank, self.mask_prob = rank, mask_prob
         like = {"device": self.weight.device, "dtype": dtype or self.weight.dtype}
 
-        mask = torch.ones(rank) if expert_mask is None else torch.as_tensor(expert_mask).detach().float().cpu()
+        mask = [1.0] * rank if expert_mask is None else expert_mask
+        mask = torch.as_tensor(mask, dtype=torch.float32, device="cpu")
         if mask.shape != (rank,) or not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"expert_mask must hold {rank} values of 0 or 1, not {expert_mask!r}")
         self.register_buffer("expert_mask", mask.to(**like))
@@ -124,6 +123,8 @@ class MLAELinear(nn.Linear):
                 raise ValueError(f"rows must be different row numbers from 0 to {out_features - 1}")
             rows = rows.to(self.weight.device)
         self.register_buffer("rows", rows)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
 
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(out_features if rows is None else len(rows), rank, **like))
@@ -138,10 +139,13 @@ class MLAELinear(nn.Linear):
         """Adapt `linear`: its weight and bias are shared, not copied, and frozen. kwargs as for the class.
 
         The experts of a float16 or bfloat16 layer are float32 unless `dtype` says otherwise: AdamW's steps are too
-        small for half precision.
+        small for half precision. ValueError if the layer has experts already.
         """
+        if isinstance(linear, MLAELinear):
+            raise ValueError("the layer has experts already; merge them first with to_linear()")
         kwargs.setdefault("dtype", torch.promote_types(linear.weight.dtype, torch.float32))
-        return cls(linear.in_features, linear.out_features, linear.bias is not None, _frozen=linear, **kwargs)
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, _frozen=linear, **kwargs)
+        return layer.train(linear.training)
 
     @property
     def mask_prob(self) -> float:
@@ -169,7 +173,7 @@ class MLAELinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype, device = self.weight.dtype, x.device.type
-        if not x.is_meta and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        if not x.is_meta and torch.is_autocast_enabled(device) and torch.float64 not in (dtype, x.dtype):
             dtype = torch.get_autocast_dtype(device)
         elif x.dtype != dtype:
             raise RuntimeError(f"input is {x.dtype} but the layer's weight is {dtype}")
@@ -194,15 +198,18 @@ class MLAELinear(nn.Linear):
         return f"{super().extra_repr()}, rank={self.rank}, mask_prob={self.mask_prob:g}"
 
 
-def set_mask_prob(model: nn.Module, p: float | Sequence[float]) -> None:
+def set_mask_prob(model: nn.Module, p: float | Sequence[float] | Tensor) -> None:
     """Set p of every MLAELinear in `model`, or one p per layer in `model.modules()` order, as `mask_rates` gives them.
 
     Made for schedules: a compiled model compiles once more at the first change and never again.
     """
     layers = [m for m in model.modules() if isinstance(m, MLAELinear)]
-    rates = [float(p)] * len(layers) if isinstance(p, (int, float)) else [float(rate) for rate in p]
+    rates = torch.as_tensor(p, dtype=torch.float64, device="cpu").tolist()
+    rates = rates if isinstance(rates, list) else [rates] * len(layers)
     if len(rates) != len(layers):
         raise ValueError(f"{len(rates)} masking probabilities for {len(layers)} MLAE layers")
+    if not all(0 <= rate < 1 for rate in rates):
+        raise ValueError(f"mask_prob must be in [0, 1), not {p}")
     for layer, rate in zip(layers, rates, strict=True):
         layer.mask_prob = rate
 
@@ -223,13 +230,13 @@ def mask_rates(pattern: str, num_layers: int, mask_prob: float) -> Tensor:
         raise ValueError(f"mask pattern must be one of {', '.join(PATTERNS)}, not {pattern!r}")
     if not 0 <= mask_prob < 1:
         raise ValueError(f"mask_prob must be in [0, 1), not {mask_prob}")
-    flat = torch.full((num_layers,), float(mask_prob), dtype=torch.float64)
+    flat = torch.full((num_layers,), float(mask_prob), dtype=torch.float64, device="cpu")
     if pattern == "random" or num_layers == 1 or mask_prob == 0:
         return flat
-    pos = torch.linspace(0, 1, num_layers, dtype=torch.float64)
+    pos = torch.linspace(0, 1, num_layers, dtype=torch.float64, device="cpu")
     edge = (2 * pos - 1).abs()
     shape = {"incremental": 1 - pos, "decremental": pos, "hourglass": 1 - edge, "protruding": edge}[pattern]
-    highest, cut = 0.99, torch.zeros(num_layers, dtype=torch.bool)
+    highest, cut = 0.99, flat < 0
     if mask_prob * num_layers > highest * (shape > 0).sum():
         reach = highest * (shape > 0).double().mean()
         raise ValueError(f"{pattern} over {num_layers} layers reaches a mean of {reach:.2f} at most, not {mask_prob}")
@@ -249,6 +256,8 @@ def fixed_masks(
     Every layer keeps at least one, and every pattern keeps as many in total as `random` does, which is
     round(rank * (1 - mask_prob)) a layer: patterns are compared at an equal budget. Raises as `mask_rates` does.
     """
+    if rank < 1:
+        raise ValueError(f"rank must be an integer of at least 1, not {rank!r}")
     want = rank * (1 - mask_rates(pattern, num_layers, mask_prob))
     keep = want.round().clamp(1, rank)
     total = num_layers * max(1, round(rank * (1 - mask_prob)))
@@ -256,7 +265,9 @@ def fixed_masks(
         step = 1 if gap > 0 else -1
         room = keep < rank if gap > 0 else keep > 1
         keep[torch.where(room, (keep - want) * step, torch.inf).argmin()] += step
-    order = torch.rand(num_layers, rank, generator=generator).argsort(dim=1).argsort(dim=1)  # a random rank per expert
+    order = (
+        torch.rand(num_layers, rank, generator=generator, device="cpu").argsort(dim=1).argsort(dim=1)
+    )  # a random rank per expert
     return (order < keep[:, None]).float()
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 import json
 import os
 import sys
@@ -58,7 +57,11 @@ def input_size(name: str) -> int:
     if not name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         raise ModelError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-    cfg = timm.get_pretrained_cfg(name)
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # the architecture is known, the tag is not
+        tags = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
+        raise ModelError(f"timm has no weights {name!r}; there are: {tags}") from None
     return cfg.input_size[-1] if cfg else 224
 
 
@@ -92,15 +95,13 @@ def create(
     """
     if method not in METHODS:
         raise ModelError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    input_size(name)
+    input_size(name)  # raises for a name that timm does not know
     source, arguments = name, {"num_classes": num_classes}
     if name == "vit_nano":
         source, arguments = "vit_tiny_patch16_224", {**arguments, **NANO, "pretrained_cfg_overlay": NANO_CFG}
         checkpoint = checkpoint or (NANO_FILE if pretrained else None)
-    if img_size:
-        arguments["img_size"] = img_size
-    if drop_path:
-        arguments["drop_path_rate"] = drop_path
+    arguments |= {"img_size": img_size} if img_size else {}
+    arguments |= {"drop_path_rate": drop_path} if drop_path else {}
     try:
         try:
             model = timm.create_model(source, pretrained=pretrained and not checkpoint, **arguments)
@@ -111,11 +112,10 @@ def create(
             model = timm.create_model(source, pretrained=pretrained and not checkpoint, **arguments)
     except Exception as error:  # whatever timm and the hub raise for a size, an argument or a download that fails
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        hint = "; without a network, give the weights with --checkpoint" if pretrained and not checkpoint else ""
-        raise ModelError(
-            f"timm cannot make {name} (img_size={img_size}, drop_path={drop_path}): {reason}{hint}"
-        ) from error
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))[0]
+        reason += "; without a network, give the weights with --checkpoint" if pretrained and not checkpoint else ""
+        raise ModelError(f"timm cannot make {name} ({img_size=}, {drop_path=}): {reason}") from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    patch = patch if isinstance(patch, int) else patch[0]
     if (img_size or 0) % patch:
         raise ModelError(f"img_size {img_size} is not a multiple of {name}'s patch size {patch}: pixels would be lost")
     if checkpoint:
@@ -166,12 +166,11 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         for wrapper in ("state_dict", "model"):
             state = state.get(wrapper, state)
-    except Exception as error:  # the readers raise errors of many classes; all mean that the file is not a usable one
+        adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        state = adapt(state, model) if adapt else state
+    except Exception as error:  # readers and filters raise many classes of error for a file that is not this model's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"cannot load checkpoint {path}: {reason}") from error
-    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if adapt is not None:
-        state = adapt(state, model)
     new = tuple(f"{name}." for name in heads(model))
     state = {key: value for key, value in state.items() if not key.startswith(new)}
     own = {key: value for key, value in model.state_dict().items() if not key.startswith(new)}
@@ -229,9 +228,8 @@ def inject(
             masks = fixed_masks(pattern, len(chosen), rank, mask_prob)
         layers = {}
         for (name, rows), rate, mask in zip(chosen.items(), rates, masks, strict=True):
-            linear = model.get_submodule(name)
-            layer = MLAELinear.from_linear(linear, rank=rank, mask_prob=rate, expert_mask=mask, rows=rows, **kwargs)
-            layers[name] = layer.train(linear.training)
+            per_layer = {"mask_prob": rate, "expert_mask": mask, "rows": rows}
+            layers[name] = MLAELinear.from_linear(model.get_submodule(name), rank=rank, **per_layer, **kwargs)
     except ValueError as error:
         raise ModelError(str(error)) from error
     freeze(model)
@@ -281,20 +279,22 @@ def _find(model: nn.Module, targets: Sequence[str]) -> dict[str, list[int] | Non
 
 
 def _check_called(model: nn.Module, layers: dict[str, MLAELinear]) -> None:
-    """Some parents (BEiT's and Swin v2's attention) use `self.qkv.weight` and never call the layer: find out now."""
+    """ModelError if a forward does not call a layer: BEiT's and Swin v2's attention use `self.qkv.weight` instead."""
     called = set()
     hooks = [layer.register_forward_hook(lambda layer, *_: called.add(layer)) for layer in layers.values()]
     weight = next(iter(layers.values())).weight
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][-2:]
-    with eval_mode(model), torch.no_grad():
-        model(torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype))
-    for hook in hooks:
-        hook.remove()
+    try:
+        with eval_mode(model), torch.no_grad():
+            model(torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype))
+    except (RuntimeError, AssertionError):
+        return  # built for another size or number of channels than its configuration says: no way to look
+    finally:
+        for hook in hooks:
+            hook.remove()
     silent = [name for name, layer in layers.items() if layer not in called]
     if silent:
-        raise ModelError(
-            f"{architecture(model)} reads the weight of {_few(silent)} without calling the layer: no experts there"
-        )
+        raise ModelError(f"{architecture(model)} reads the weight of {_few(silent)} without calling the layer")
 
 
 @contextmanager
@@ -312,17 +312,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def architecture(model: nn.Module) -> str:
     """Timm's name of the architecture, or the class's name."""
     return getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
-
-
-def provenance(model: nn.Module, checkpoint: str | os.PathLike | None, pretrained: bool = True) -> dict[str, str]:
-    """Which pre-trained weights a model of `create` has: timm's full tag, or the local file's name and sha256."""
-    if architecture(model) == "vit_nano" and pretrained:
-        checkpoint = checkpoint or NANO_FILE
-    if checkpoint:
-        path = Path(checkpoint)
-        return {"tag": f"{architecture(model)}:{path.name}", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    tag = model.pretrained_cfg.get("tag") if pretrained else "random"
-    return {"tag": f"{architecture(model)}.{tag}" if tag else architecture(model)}
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import model as models
-from eval import Parser, evaluate, pick_device
+from eval import Parser, evaluate, pick_device, provenance, sha256
 from mlae import PATTERNS, mask_rates, set_mask_prob
 
 try:
@@ -65,9 +65,11 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 def run(args: argparse.Namespace) -> dict:
     """One run, from arguments to files; returns what `metrics.json` holds."""
-    # the run's folder: the same arguments give the same folder
-    settings = {**vars(args), "checkpoint": args.checkpoint and os.path.basename(args.checkpoint)}
-    for name in ("data_dir", "device", "workers", "out", "resume", "seeds"):
+    # the run's folder: the same arguments, and the same checkpoint, give the same folder
+    scratch = args.checkpoint == "none"
+    local = args.checkpoint and not scratch
+    settings = vars(args) | {"checkpoint": sha256(args.checkpoint) if local else None, "scratch": scratch}
+    for name in ("device", "workers", "out", "resume", "seeds"):
         del settings[name]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     short = args.model.replace("/", "_").replace(":", "_")
@@ -85,30 +87,22 @@ def run(args: argparse.Namespace) -> dict:
     load = {"name": args.dataset, "root": os.path.abspath(args.data_dir), "img_size": args.img_size}
     load["split"] = "train" if args.val else "trainval"
     train, test = data.load(**load)
-    images, labels = train.tensors(device, args.workers)  # (N, 3, S, S) uint8, (N,)
 
     # model
-    scratch = args.checkpoint == "none"
-    create = {
+    same = ("method", "img_size", "drop_path", "rank", "mask_prob", "masking", "targets", "coef_init")
+    create = {name: getattr(args, name) for name in same} | {
         "name": args.model,
         "num_classes": data.TASKS[args.dataset].classes,
-        "method": args.method,
         "pretrained": not scratch,
-        "checkpoint": os.path.abspath(args.checkpoint) if args.checkpoint and not scratch else None,
-        "img_size": args.img_size,
-        "drop_path": args.drop_path,
-        "rank": args.rank,
-        "mask_prob": args.mask_prob,
-        "masking": args.masking,
+        "checkpoint": os.path.abspath(args.checkpoint) if local else None,
         "pattern": args.mask_pattern,
-        "targets": args.targets,
-        "coef_init": args.coef_init,
     }
     model = models.create(**create).to(device)
     cfg, counts = model.pretrained_cfg, models.count_parameters(model)
     mean, std = data.NORMALIZE.get(args.normalize) or (cfg["mean"], cfg["std"])
     normalize = data.normalizer(mean, std, device)
     num_layers = len(models.experts(model))
+    images, labels = train.tensors(device, args.workers)  # (N, 3, S, S) uint8, (N,)
 
     # optimizer: no weight decay for vectors (lambda, biases, norms) and for what timm exempts (position embeddings)
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
@@ -121,7 +115,10 @@ def run(args: argparse.Namespace) -> dict:
     steps, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
 
     # from here on the run writes
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise models.ModelError(f"--out: cannot make {folder}: {error.strerror}") from error
     metrics_file.unlink(missing_ok=True)
     config = {
         "arguments": vars(args),
@@ -130,7 +127,7 @@ def run(args: argparse.Namespace) -> dict:
         "mean": mean,
         "std": std,
         "bf16": bf16,
-        "weights": models.provenance(model, create["checkpoint"], create["pretrained"]),
+        "weights": provenance(model, create["checkpoint"], create["pretrained"]),
         "data": test.about,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in LIBRARIES},
@@ -148,7 +145,8 @@ def run(args: argparse.Namespace) -> dict:
     epoch, rows, seconds = 0, [], 0.0
     if args.resume and state_file.exists():
         epoch, rows, seconds = restore(state_file, model, optimizer)
-        print(f"resumed after epoch {epoch}")
+    if args.resume:
+        print(f"resumed after epoch {epoch} of {folder}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     bar = tqdm(total=steps, initial=epoch * steps_per_epoch, unit="step", disable=None)
@@ -176,14 +174,16 @@ def run(args: argparse.Namespace) -> dict:
             optimizer.step()
             loss_sum = loss_sum + loss.detach() * len(batch)
             correct = correct + (logits.detach().argmax(1) == labels[batch]).sum()
-            bar.update()
+            if bar.update():  # it shows something new, some ten times a second at most: time to ask the device
+                bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}", refresh=False)
         mean_loss, train_top1 = loss_sum.item() / len(labels), 100 * correct.item() / len(labels)
-        bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{lr:.1e}")
+        if not math.isfinite(mean_loss):
+            raise models.ModelError(f"the loss is {mean_loss} in epoch {epoch + 1}: --lr {args.lr:g} is too high")
         seconds += time.perf_counter() - start
         rows.append([epoch + 1, lr, p, round(mean_loss, 6), round(train_top1, 2), round(seconds, 2)])
-        save_state(state_file, model, optimizer, epoch + 1, rows, seconds)
         with open(folder / "log.csv", "w", newline="") as file:
             csv.writer(file).writerows([["epoch", "lr", "mask_prob", "loss", "train_top1", "seconds"], *rows])
+        save_state(state_file, model, optimizer, epoch + 1, rows, seconds)
     bar.close()
     models.save_adapter(model, folder / "adapter.safetensors", config)
 
@@ -239,7 +239,10 @@ def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
 
 def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
     """Load what `save_state` wrote; returns its progress: epochs done, log rows, seconds."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise models.ModelError(f"cannot read {path}: leave out --resume to start anew") from error
     model.load_state_dict(state["model"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     cpu, cuda = state["rng"]
@@ -279,12 +282,18 @@ HELP = {
 
 def positive(kind: type):
     def parse(text: str):
-        if not kind(text) > 0:
+        if not 0 < kind(text) < math.inf:
             raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # for argparse's "invalid int value"
     return parse
+
+
+def seed(text: str) -> int:
+    if not 0 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {2**31 - 1}, not {text}")
+    return int(text)
 
 
 def fraction(text: str) -> float:
@@ -319,11 +328,11 @@ def main(argv: list[str] | None = None) -> None:
     flag("--lr", type=positive(float), help="AdamW's peak (default: 1e-3, the common recipe; digits 8e-3, by val200)")
     flag("--weight-decay", type=fraction, default=1e-4, help="of matrices only (default: 1e-4, as published)")
     flag("--warmup-epochs", type=float, help="linear, then cosine to 0 (default: a tenth of the epochs)")
-    flag("--drop-path", type=fraction, help="stochastic depth (default: 0.1, the common recipe; digits 0)")
+    flag("--drop-path", type=fraction, help="stochastic depth (default: 0.1, the common recipe; digits and linear 0)")
     flag("--label-smoothing", type=fraction, default=0.0, help="default: 0, as VTAB-1k results do without")
     # run
-    flag("--seed", type=int, default=0, help="of head, experts, masks, image order and drop-path (default: 0)")
-    flag("--seeds", type=int, nargs="+", metavar="SEED", help="one run each, then mean and standard deviation")
+    flag("--seed", type=seed, default=0, help="of head, experts, masks, image order and drop-path (default: 0)")
+    flag("--seeds", type=seed, nargs="+", metavar="SEED", help="one run each, then mean and standard deviation")
     flag("--val", action="store_true", help="train on 800, score val200, leave the test set alone: to choose settings")
     flag("--amp", choices=["auto", "bf16", "off"], default="auto", help="default: auto, bf16 where CUDA has it")
     flag("--compile", action="store_true", help="torch.compile (default: off; compiling takes longer than the demo)")
@@ -335,6 +344,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         task = data.find_task(args.dataset)
         args.dataset = task.name
+        if args.drop_path is None and args.method == "linear":
+            args.drop_path = 0.0  # noise in a backbone that nothing adapts
         for name, value in PRESETS[task.benchmark].items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
@@ -346,8 +357,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--mask-schedule {args.mask_schedule} needs --masking stochastic or mixed: fixed masks stay")
         args.img_size = args.img_size or models.input_size(args.model)
         results = []
-        for seed in args.seeds or [args.seed]:
-            args.seed = seed
+        for number in args.seeds or [args.seed]:
+            args.seed = number
             results.append(run(args))
             print(json.dumps(results[-1]))
     except (data.DataError, models.ModelError) as error:

@@ -1,5 +1,7 @@
 """The table, the prepared folder and the demo, against the facts and against Pillow and NumPy alone."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -129,11 +131,13 @@ def test_normalization_against_numpy(prepared):
         ("test.txt", lambda x: ["../cifar/images/test/000003.png 3", *x[1:]], "leads out of the task's folder"),
         ("test.txt", lambda x: ["/etc/hostname 3", *x[1:]], "leads out of the task's folder"),
         ("train800val200.txt", lambda x: x[:-1], "train800val200.txt has 999 images, VTAB-1k's cifar has 1000"),
+        ("test.txt", lambda x: [], "test.txt has 0 images, VTAB-1k's cifar has 10000"),
+        ("test.txt", lambda x: ["a\0b.png 3", *x[1:]], "is not a readable image (ValueError)"),
         ("test.txt", lambda x: x * 501, "test.txt has 10020 images, VTAB-1k's cifar has 10000"),
     ],
 )
 def test_damaged_lists(prepared, tmp_path, listing, edit, message):
-    with pytest.raises(DataError, match=message.replace("(", r"\(")):
+    with pytest.raises(DataError, match=re.escape(message)):
         load("cifar", edited(prepared, tmp_path, listing, edit))
 
 
@@ -143,6 +147,9 @@ def test_missing_folders_and_lists(prepared, tmp_path):
     root = edited(prepared, tmp_path, "none", None)
     (root / "vtab-1k/cifar/val200.txt").unlink()
     with pytest.raises(DataError, match="no list .*val200.txt"):
+        load("cifar", root, split="train")
+    (root / "vtab-1k/cifar/val200.txt").write_bytes(b"\xff\xfe 3")
+    with pytest.raises(DataError, match="no list .*val200.txt .*utf-8"):
         load("cifar", root, split="train")
     with pytest.raises(ValueError, match="split must be"):
         load("cifar", root, split="test")

@@ -161,6 +161,14 @@ def test_mask_prob_is_checked_when_set_later():
             layer.mask_prob = bad
     with pytest.raises(ValueError, match="2 masking probabilities for 1"):
         set_mask_prob(layer, [0.1, 0.2])
+    net = nn.Sequential(make(), make(10, 6))
+    with pytest.raises(ValueError, match="mask_prob"):
+        set_mask_prob(net, [0.1, 1.5])
+    assert [m.mask_prob for m in net] == [0.5, 0.5]
+    set_mask_prob(net, torch.tensor(0.25))
+    assert [m.mask_prob for m in net] == [0.25, 0.25]
+    set_mask_prob(net, mask_rates("decremental", 2, 0.25))
+    assert [m.mask_prob for m in net] == [0.0, 0.5]
 
 
 def test_a_fixed_mask_holds_in_every_mode_and_nothing_moves_the_masked_experts():
@@ -194,6 +202,31 @@ def test_rows_leave_the_other_rows_alone():
     torch.testing.assert_close(delta[rows], (layer.lora_B * layer.lora_lambda) @ layer.lora_A)
     x = torch.randn(3, 6)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight + delta, layer.bias))
+
+
+def test_gradients_reach_the_chosen_rows():
+    layer = make(rows=[7, 2], dtype=torch.float64).eval()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    leaves = [layer.lora_A, layer.lora_B, layer.lora_lambda]
+    whole = torch.zeros(10, 4, dtype=torch.float64)
+    whole[7], whole[2] = layer.lora_B[0], layer.lora_B[1]
+    want = two_branch(x, layer.weight, layer.bias, layer.lora_A, whole, layer.lora_lambda)
+    got = layer(x)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(
+        torch.autograd.grad(got.sin().sum(), leaves), torch.autograd.grad(want.sin().sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_from_linear_keeps_the_mode_and_refuses_a_layer_with_experts():
+    linear = nn.Linear(6, 10)
+    with pytest.raises(ValueError, match="mask_prob"):
+        MLAELinear.from_linear(linear, mask_prob=2)
+    assert linear.weight.requires_grad
+    assert not MLAELinear.from_linear(linear.eval()).training and MLAELinear.from_linear(linear.train()).training
+    with pytest.raises(ValueError, match="experts already"):
+        MLAELinear.from_linear(make())
 
 
 def test_first_step_gradients():
@@ -261,11 +294,14 @@ def test_half_precision_base_gets_float32_experts():
         layer(torch.randn(5, 6))
 
 
-def test_cpu_autocast():
-    layer, x = make(64, 64, mask_prob=0), torch.randn(50, 64, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_autocast(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    layer, x = make(64, 64, mask_prob=0).to(device), torch.randn(50, 64, device=device, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16):
         y = layer(x)
-        assert y.dtype == nn.Linear(64, 64)(x).dtype == torch.bfloat16
+        assert y.dtype == nn.Linear(64, 64, device=device)(x).dtype == torch.bfloat16
     y.float().square().sum().backward()
     got = x.grad, layer.lora_A.grad, layer.lora_B.grad, layer.lora_lambda.grad
     assert all(g.dtype == torch.float32 for g in got)
@@ -275,14 +311,18 @@ def test_cpu_autocast():
     assert (y - exact).norm() / exact.norm() < 0.01
     for g, leaf in zip(got, leaves, strict=True):
         assert (g - leaf.grad).norm() / leaf.grad.norm() < 0.02
-    with torch.autocast("cpu", torch.bfloat16):
-        assert make(dtype=torch.float64)(torch.randn(2, 6).double()).dtype == torch.float64  # as nn.Linear does
+    with torch.autocast(device, torch.bfloat16):  # which leaves float64 alone
+        double = torch.randn(2, 6, dtype=torch.float64, device=device)
+        assert make(dtype=torch.float64).to(device)(double).dtype == torch.float64
 
 
 def test_meta_device():
     layer = MLAELinear(6, 10, device="meta")
     assert layer(torch.empty(3, 6, device="meta")).shape == (3, 10)
     assert layer.delta_weight().is_meta and layer.to_linear().weight.is_meta
+    with torch.device("meta"):
+        assert MLAELinear.from_linear(nn.Linear(6, 10), expert_mask=[1] * 8, rows=[1, 2]).lora_B.is_meta
+        assert not mask_rates("hourglass", 4, 0.3).is_meta and not fixed_masks("random", 4, 8, 0.3).is_meta
     layer.to_empty(device="cpu").load_state_dict(MLAELinear(6, 10).state_dict())
 
 

@@ -112,6 +112,16 @@ def test_a_network_of_any_size_takes_img_size():
     assert net(torch.randn(1, 3, 64, 64)).shape == (1, 5)
 
 
+def test_models_that_cannot_be_probed_at_the_size_of_their_configuration():
+    gray = timm.create_model("vit_tiny_patch16_224", in_chans=1, img_size=32, depth=2)
+    assert len(models.inject(gray)) == 2
+    assert gray(torch.randn(1, 1, 32, 32)).isfinite().all()
+    assert models.create("xcit_nano_12_p8_224", 5, pretrained=False, img_size=64)(torch.randn(1, 3, 64, 64)).shape == (
+        1,
+        5,
+    )
+
+
 def test_a_layer_whose_weight_is_read_by_its_parent_is_refused():
     net = small("beit_base_patch16_224", depth=1)
     with pytest.raises(ModelError, match=r"beit_base.* reads the weight of blocks.0.attn.qkv without calling"):
@@ -307,6 +317,8 @@ def test_local_checkpoint_with_another_grid_and_head(tmp_path, suffix):
         models.load_checkpoint(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3), path)
     with pytest.raises(ModelError, match="it has unknown blocks.1"):
         models.load_checkpoint(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1), path)
+    with pytest.raises(ModelError, match="cannot load checkpoint|does not fit"):
+        models.load_checkpoint(timm.create_model("convnext_tiny"), path)
     path.write_bytes(b"garbage")
     with pytest.raises(ModelError, match="cannot load checkpoint"):
         models.load_checkpoint(same, path)

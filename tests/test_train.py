@@ -89,7 +89,7 @@ def test_several_seeds_are_single_runs_and_their_mean(run):
     assert summary["trainable_parameters"] == single["trainable_parameters"] and "test_loss" not in summary
 
 
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", [1, 3])
 def test_resume_goes_on_as_if_nothing_had_happened(run, monkeypatch, at):
     arguments = ["--epochs", 3, "--drop-path", 0.1, "--mask-schedule", "increase"]
     whole = run("--out", "whole", *arguments)
@@ -147,8 +147,8 @@ def test_frozen_batch_norms_keep_their_statistics(run, capsys):
     assert (again["top1"], again["loss"]) == (metrics["test_top1"], metrics["test_loss"])
 
 
-def test_lora_is_mlae_without_masks_and_with_constant_lambda(run, monkeypatch):
-    lora = run("--method", "lora", "--coef-init", 2, "--epochs", 1)
+def test_lambda_of_lora_stays_where_coef_init_put_it(run):
+    lora = run("--method", "lora", "--coef-init", 2)
     state = load_file(Path(lora["run"], "adapter.safetensors"))
     assert all((value == 2).all() for key, value in state.items() if key.endswith("lora_lambda"))
 
@@ -173,8 +173,8 @@ def test_evaluation_restores_every_mode(nano):
 
 
 def score_again(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        sys.argv = ["eval.py", *map(str, arguments)]
+    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
         evaluation.main()
     captured = capsys.readouterr()
     return stop.value.code, captured.out, captured.err
@@ -188,14 +188,17 @@ def test_eval_repeats_the_number(run, capsys, monkeypatch, tmp_path, arguments):
     code, out, _ = score_again(capsys, folder, "--device", "cpu")
     split = "val" if "--val" in arguments else "test"
     top1, loss = metrics[f"{split}_top1"], metrics[f"{split}_loss"]
-    assert f"unmerged  top-1 {top1:.2f} %   loss {loss:.6f}" in out
-    assert "merged    top-1" in out.replace("unmerged", "") and out.rstrip().endswith("they agree") and code == 0
+    for name in ("reported ", "unmerged ", "merged   "):
+        assert f"\n{name} top-1 {top1:.2f} %   loss {loss:.6f}\n" in out
+    assert out.rstrip().endswith("they agree") and code == 0
     assert f"{metrics['trainable_parameters']:,} trained, of them {metrics['head_parameters']:,} in the head" in out
 
 
 def test_eval_of_what_is_not_the_run_it_was(run, capsys, tmp_path, monkeypatch):
-    code, _, err = score_again(capsys, tmp_path / "absent")
-    assert code == 2 and err.count("\n") == 1 and "is not a run of train.py" in err
+    (tmp_path / "config.json").write_text("{}")
+    for folder in (tmp_path / "absent", tmp_path):
+        code, _, err = score_again(capsys, folder)
+        assert code == 2 and err.count("\n") == 1 and "is not a run of train.py" in err
     folder = Path(run("--method", "linear")["run"])
     other = tmp_path / "other.safetensors"
     changed = load_file(models.NANO_FILE)
@@ -248,6 +251,14 @@ def test_a_vtab_task_from_its_prepared_folder(run, cifar):
             "hourglass over 6 layers reaches a mean of 0.66 at most",
         ),
         (["--img-size", "30"], "img_size 30 is not a multiple of vit_nano's patch size 7"),
+        (
+            ["--model", "vit_tiny_patch16_224.nonsense"],
+            "timm has no weights 'vit_tiny_patch16_224.nonsense'; there are: ",
+        ),
+        (["--lr", "inf"], "argument --lr: must be above 0, not inf"),
+        (["--seed", "-1"], "argument --seed: must be from 0 to"),
+        (["--out", "/dev/null/runs"], "--out: cannot make /dev/null/runs"),
+        (["--checkpoint", str(Path(__file__).parent / "test_data.py")], "cannot load checkpoint"),
         (["--maskprob", "0.5"], "unrecognized arguments: --maskprob 0.5"),
         (["--device", "cuda"], "--device cuda: there is none here"),
     ],
@@ -272,6 +283,42 @@ def test_damaged_images_stop_the_run_before_it_writes(run, cifar, capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "3.png" in err and err.count("\n") == 1
     assert not Path("runs").exists()
+
+
+def test_a_damaged_test_image_is_named_and_the_training_is_kept(run, cifar, capsys):
+    whole = (cifar / "images/3.png").read_bytes()
+    (cifar / "last.png").write_bytes(whole[: len(whole) // 2])
+    lines = (cifar / "test.txt").read_text().splitlines()
+    (cifar / "test.txt").write_text("\n".join([*lines[:-1], "last.png 3"]))
+    arguments = ["--dataset", "cifar", "--model", "vit_nano"]
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and "last.png" in captured.err and captured.err.count("\n") == 1
+    (cifar / "last.png").write_bytes(whole)
+    metrics = run(*arguments, "--resume")
+    assert "test_top1" in metrics and len(log(metrics)) == 2
+
+
+def test_resume_takes_only_the_same_checkpoint(run, tmp_path):
+    weights = load_file(models.NANO_FILE)
+    for name, shift in (("a", 0), ("b", 0.1)):
+        (tmp_path / name).mkdir()
+        models.save_file({k: v + shift for k, v in weights.items()}, tmp_path / name / "model.safetensors")
+    first = run("--checkpoint", "a/model.safetensors")
+    other = run("--checkpoint", "b/model.safetensors", "--resume")
+    assert first["run"] != other["run"] and first["test_loss"] != other["test_loss"]
+
+
+def test_a_loss_that_is_not_finite_is_an_error(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--lr", 1e30)
+    err = capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and err.count("\n") == 1
+        and err.endswith("error: the loss is nan in epoch 1: --lr 1e+30 is too high\n")
+    )
 
 
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
