@@ -47,7 +47,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def provenance(model: nn.Module, checkpoint: str | None, pretrained: bool) -> dict[str, str]:
-    """Which pre-trained weights a model of `models.create` has: timm's full tag, or the local file's name and sha256."""
+    """Which pre-trained weights a model has: timm's full tag, or the local file's name and its sha256."""
     if models.architecture(model) == "vit_nano" and pretrained:
         checkpoint = checkpoint or models.NANO_FILE
     if checkpoint:
