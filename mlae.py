@@ -8,7 +8,7 @@ Expert i is a row a_i of `lora_A` (r, in), a column b_i of `lora_B` (out, r) and
 The mask m is what makes it MLAE. At every training step each layer keeps each expert with probability 1 - p and
 scales the kept ones by 1 / (1 - p), so that the mean over masks is the layer without a mask. All images and tokens
 of a batch share one mask. In eval mode every expert acts. A second, fixed mask (`expert_mask`) can switch experts off
-for good. Experts that cannot lean on each other learn different things: `expert_similarity` measures it.
+for good. The paper's claim: experts that cannot lean on each other learn different things (`expert_similarity`).
 
 B starts at zero, so training starts at the pre-trained model, exactly; at the first step only B has a gradient.
 With p = 0 and a constant lambda = alpha / r the r experts are one LoRA of rank r (Hu et al. 2021).
@@ -16,9 +16,10 @@ With p = 0 and a constant lambda = alpha / r the r experts are one LoRA of rank 
 To use it elsewhere, copy this file and swap the layers you want to adapt:
 
     before   block.attn.qkv = nn.Linear(768, 2304)
-    after    block.attn.qkv = MLAELinear.from_linear(block.attn.qkv, rank=8, mask_prob=0.5)   # W, b frozen and shared
-             freeze all else but the head before; model.train() masks, model.eval() does not
-             block.attn.qkv = block.attn.qkv.to_linear()                     # when done: a plain nn.Linear, no cost
+    after    model.requires_grad_(False), model.head.requires_grad_(True)
+             block.attn.qkv = MLAELinear.from_linear(block.attn.qkv, rank=8, mask_prob=0.5)  # shares W and b
+             ...                                                     # model.train() masks, model.eval() does not
+             block.attn.qkv = block.attn.qkv.to_linear()             # in the end: merged into a plain nn.Linear
 """
 
 from __future__ import annotations
