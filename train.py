@@ -312,29 +312,39 @@ def main(argv: list[str] | None = None) -> None:
     flag("--normalize", choices=[*data.NORMALIZE, "model"], default="imagenet", help=HELP["normalize"])
     # model
     flag("--model", help="timm name with its tag (default: the paper's ViT-B/16 IN-21k; vit_nano for digits)")
-    flag("--checkpoint", help="local .safetensors, .pth or Google .npz weights (default: timm's download)")
+    flag("--checkpoint", help="local .safetensors, .pth or Google .npz; none: random (default: timm's download)")
     flag("--method", choices=models.METHODS, default="mlae", help="what trains beside the head (default: mlae)")
     flag("--targets", nargs="+", default=["attn.qkv"], metavar="PATH", help=HELP["targets"])
     flag("--rank", type=positive(int), default=8, help="experts a layer (default: 8; 0.30 M parameters on ViT-B)")
     flag("--coef-init", type=positive(float), default=1.0, help=HELP["coef_init"])
     # masking
     flag("--mask-prob", type=fraction, default=0.5, help="masking probability p (default: 0.5, the paper's middle)")
-    flag("--masking", choices=models.MASKINGS, default="stochastic", help="default: stochastic, the paper's best")
+    flag(
+        "--masking",
+        choices=models.MASKINGS,
+        default="stochastic",
+        help="mask kind (default: stochastic, the paper's best)",
+    )
     flag("--mask-pattern", choices=PATTERNS, default="random", help="p over depth (default: random, p everywhere)")
     flag("--mask-schedule", choices=SCHEDULES, default="constant", help=HELP["mask_schedule"])
     # optimization
-    flag("--epochs", type=positive(int), help="default: 100, the field's common recipe; digits 20")
-    flag("--batch-size", type=positive(int), default=64, help="default: 64, as published; the last batch is shorter")
+    flag("--epochs", type=positive(int), help="passes over the images (default: 100, the common recipe; digits 20)")
+    flag("--batch-size", type=positive(int), default=64, help="default: 64, as published; no image is dropped")
     flag("--lr", type=positive(float), help="AdamW's peak (default: 1e-3, the common recipe; digits 8e-3, by val200)")
     flag("--weight-decay", type=fraction, default=1e-4, help="of matrices only (default: 1e-4, as published)")
     flag("--warmup-epochs", type=float, help="linear, then cosine to 0 (default: a tenth of the epochs)")
     flag("--drop-path", type=fraction, help="stochastic depth (default: 0.1, the common recipe; digits and linear 0)")
-    flag("--label-smoothing", type=fraction, default=0.0, help="default: 0, as VTAB-1k results do without")
+    flag("--label-smoothing", type=fraction, default=0.0, help="of the cross-entropy (default: 0, none)")
     # run
     flag("--seed", type=seed, default=0, help="of head, experts, masks, image order and drop-path (default: 0)")
     flag("--seeds", type=seed, nargs="+", metavar="SEED", help="one run each, then mean and standard deviation")
     flag("--val", action="store_true", help="train on 800, score val200, leave the test set alone: to choose settings")
-    flag("--amp", choices=["auto", "bf16", "off"], default="auto", help="default: auto, bf16 where CUDA has it")
+    flag(
+        "--amp",
+        choices=["auto", "bf16", "off"],
+        default="auto",
+        help="bf16 autocast (default: auto, where CUDA has it)",
+    )
     flag("--compile", action="store_true", help="torch.compile (default: off; compiling takes longer than the demo)")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto, the fastest here")
     flag("--workers", type=positive(int), default=4, help="threads that decode images (default: 4)")
