@@ -263,11 +263,9 @@ def peak_memory_mb(device: torch.device) -> int | None:
 
 
 def git_hash() -> str | None:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
-        where = Path(__file__).resolve().parent
-        return subprocess.check_output(
-            ["git", "rev-parse", "HEAD"], cwd=where, text=True, stderr=subprocess.DEVNULL
-        ).strip()
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         return None  # not a clone
 
@@ -319,12 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--coef-init", type=positive(float), default=1.0, help=HELP["coef_init"])
     # masking
     flag("--mask-prob", type=fraction, default=0.5, help="masking probability p (default: 0.5, the paper's middle)")
-    flag(
-        "--masking",
-        choices=models.MASKINGS,
-        default="stochastic",
-        help="mask kind (default: stochastic, the paper's best)",
-    )
+    flag("--masking", choices=models.MASKINGS, default="stochastic", help="default: stochastic, the paper's best")
     flag("--mask-pattern", choices=PATTERNS, default="random", help="p over depth (default: random, p everywhere)")
     flag("--mask-schedule", choices=SCHEDULES, default="constant", help=HELP["mask_schedule"])
     # optimization
@@ -339,12 +332,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--seed", type=seed, default=0, help="of head, experts, masks, image order and drop-path (default: 0)")
     flag("--seeds", type=seed, nargs="+", metavar="SEED", help="one run each, then mean and standard deviation")
     flag("--val", action="store_true", help="train on 800, score val200, leave the test set alone: to choose settings")
-    flag(
-        "--amp",
-        choices=["auto", "bf16", "off"],
-        default="auto",
-        help="bf16 autocast (default: auto, where CUDA has it)",
-    )
+    flag("--amp", choices=["auto", "bf16", "off"], default="auto", help="bf16 autocast (default: where CUDA has it)")
     flag("--compile", action="store_true", help="torch.compile (default: off; compiling takes longer than the demo)")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto, the fastest here")
     flag("--workers", type=positive(int), default=4, help="threads that decode images (default: 4)")
