@@ -1,17 +1,22 @@
-"""Score a finished run again, from its own files: as it was trained, and merged into a plain timm model.
+"""Score a finished run again, from its own files, or put all finished runs into one table.
 
-    python eval.py runs/digits/mlae-vit_nano-seed0-...
+    python eval.py runs/digits/mlae-vit_nano-seed0-...      # as it was trained, and merged into a plain timm model
+    python eval.py runs --format markdown                   # every task and seed, both means, the published rows
 
-Rebuilds the model of `config.json` with the weights of `adapter.safetensors`, scores it on the run's images (the test
-set; val200 after `--val`) and says whether the merged model agrees. Exit code 0 if it does, 1 if not.
+Of one run it rebuilds the model of `config.json` with the weights of `adapter.safetensors`, scores it on the run's
+images (the test set; val200 after `--val`) and says whether the merged model agrees. Exit code 0 if it does, 1 if not.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
+import io
 import json
 import logging
+import os
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,15 +92,202 @@ def evaluate(model: nn.Module, images: data.Images, normalize: Callable, **kwarg
     return score(*predict(model, images, normalize, **kwargs))
 
 
+# ViT-B/16 pre-trained on ImageNet-21k: mean of VTAB-1k's groups, mean of its tasks, mean of FGVC's, and how
+PUBLISHED = [
+    ("MLAE (Wang et al. 2024)", 78.8, None, 90.9, "settings searched per task; on what, epoch and seeds not published"),
+    ("LoRA, r = 8 (from NOAH)", 74.60, 72.25, None, "best epoch on the test set"),
+    ("GLoRA", 77.97, 75.77, None, "500 epochs and a search per task; on test or on val200, its code has both"),
+    ("PACE", 79.01, 76.93, 91.5, "settings searched per task on val200, 300 epochs, 3 seeds"),
+    ("full fine-tuning (from VPT)", 68.96, 65.57, 88.54, "lr and weight decay searched per task on val200, 100 epochs"),
+]
+PROTOCOL = "here: the last epoch's weights, scored once; mean ± standard deviation over seeds (their number)"
+NOT_SETTINGS = {"dataset", "seed", "seeds", "data_dir", "device", "workers", "out", "resume", "val"}
+
+
+def collect(*folders: str | os.PathLike) -> list[dict]:
+    """The finished runs in folders, oldest first: {"arguments": ..., "metrics": ...}; one that is damaged is named."""
+    runs, files = [], [path for folder in folders for path in Path(folder).rglob("metrics.json")]
+    for file in sorted(files, key=lambda path: path.stat().st_mtime):
+        try:
+            config, metrics = (json.loads(f.read_text()) for f in (file.with_name("config.json"), file))
+            runs.append({"arguments": config["arguments"], "metrics": metrics})
+            metrics["dataset"], metrics["benchmark"], metrics["seed"], metrics["data"]  # noqa: B018
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise models.ModelError(f"{file.parent} is damaged ({error!r}): remove it or run it again") from None
+    return runs
+
+
+def records(runs: list[dict]) -> list[dict]:
+    """One row for each task and configuration, and for each mean of tasks: top-1 in percent over the seeds.
+
+    Runs are of one configuration if their arguments are the same but for task, seed and machine; of two runs of one
+    seed the later counts. A mean is over tasks whose data are the benchmark's own; `of` says how many it should have.
+    """
+    tables: dict[tuple, dict] = {}
+    for run in runs:
+        metrics, arguments = run["metrics"], run["arguments"]
+        split = "val" if arguments["val"] else "test"
+        settings = {key: value for key, value in arguments.items() if key not in NOT_SETTINGS}
+        place = (data.TASKS[metrics["dataset"]].benchmark, split, json.dumps(settings, sort_keys=True))
+        tables.setdefault(place, {}).setdefault(metrics["dataset"], {})[metrics["seed"]] = metrics
+    rows = []
+    for (benchmark, split, settings), found in tables.items():
+        rivals = [json.loads(other) for name, part, other in tables if (name, part) == (benchmark, split)]
+        ours = json.loads(settings)
+        told = [key for key in ours if key != "method" and any(other.get(key) != ours[key] for other in rivals)]
+        label = " ".join([ours["method"], *(f"{key}={ours[key]}" for key in told)])
+        same = {"benchmark": benchmark, "split": split, "configuration": label}
+        tasks = [task for task in data.TASKS.values() if task.benchmark == benchmark]
+        official = {}
+        for task in tasks:
+            runs_of = found.get(task.name, {})
+            scores = {seed: metrics[f"{split}_top1"] for seed, metrics in runs_of.items()}
+            about = sorted({metrics["data"] for metrics in runs_of.values()})
+            whole = bool(scores) and all(metrics["benchmark"] == benchmark for metrics in runs_of.values())
+            if whole:
+                official[task.name] = scores
+            if scores or benchmark in ("vtab-1k", "fgvc"):
+                row = {"group": task.group, "task": task.name, "official": whole, "data": "; ".join(about)}
+                rows.append(same | row | _over_seeds([scores]) | {"tasks": len(scores) and 1, "of": 1})
+        if benchmark in ("vtab-1k", "fgvc"):
+            groups = {
+                group: [t.name for t in tasks if t.group == group] for group in dict.fromkeys(t.group for t in tasks)
+            }
+            means = {group: [names] for group, names in groups.items()} if benchmark == "vtab-1k" else {}
+            means |= {"mean of groups": list(groups.values())} if benchmark == "vtab-1k" else {}
+            for name, parts in (means | {"mean of tasks": [[task.name for task in tasks]]}).items():
+                there = [[official[task] for task in part if task in official] for part in parts]
+                count, of = sum(map(len, there)), sum(map(len, parts))
+                row = {"group": "mean", "task": name, "official": count == of, "data": "", "tasks": count, "of": of}
+                rows.append(same | row | (_over_seeds(*there) if all(there) else _over_seeds([{}])))
+    return rows
+
+
+def _over_seeds(*groups: list[dict[int, float]]) -> dict:
+    """Mean over groups of the mean over tasks: its mean and sample standard deviation over the seeds all tasks have."""
+    tasks = [scores for group in groups for scores in group]
+    seeds = sorted(set.intersection(*map(set, tasks)))
+    if not seeds:  # none, or not one in common
+        means = [[statistics.mean(scores.values()) for scores in group if scores] for group in groups]
+        value = statistics.mean(map(statistics.mean, means)) if all(means) else None
+        return {"top1": value and round(value, 2), "std": None, "seeds": 0}
+    values = [statistics.mean(statistics.mean(scores[seed] for scores in group) for group in groups) for seed in seeds]
+    std = round(statistics.stdev(values), 2) if len(values) > 1 else None
+    return {"top1": round(statistics.mean(values), 2), "std": std, "seeds": len(values)}
+
+
+def tabulate(runs: list[dict], form: str = "markdown") -> str:
+    """The table of `runs` as markdown, csv, json or latex, with the published rows and how they were obtained."""
+    rows = records(runs)
+    published = [dict(zip(("method", "groups", "tasks", "fgvc", "protocol"), row, strict=True)) for row in PUBLISHED]
+    if form == "json":
+        return json.dumps({"runs": rows, "published": published}, indent=1)
+    if form == "csv":
+        file = io.StringIO()
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        for row in published:
+            for benchmark, task, key in (
+                ("vtab-1k", "mean of groups", "groups"),
+                ("vtab-1k", "mean of tasks", "tasks"),
+                ("fgvc", "mean of tasks", "fgvc"),
+            ):
+                if row[key]:
+                    name = f"published: {row['method']}"
+                    same = {"benchmark": benchmark, "split": "test", "configuration": name, "group": "mean"}
+                    writer.writerow(same | {"task": task, "top1": row[key], "data": row["protocol"]})
+        return file.getvalue().rstrip()
+    draw, parts = {"markdown": _markdown, "latex": _latex}[form], []
+    for benchmark, split in dict.fromkeys((row["benchmark"], row["split"]) for row in rows):
+        here = [row for row in rows if (row["benchmark"], row["split"]) == (benchmark, split)]
+        names = list(dict.fromkeys(row["configuration"] for row in here))
+        lines = [[f"{benchmark}, {split} top-1 (%)", *names, "data"]]
+        for task in dict.fromkeys(row["task"] for row in here):
+            cells = [row for row in here if row["task"] == task]
+            shown = {row["configuration"]: _cell(row) for row in cells}
+            about = "; ".join(dict.fromkeys(row["data"] for row in cells if row["data"]))
+            lines.append([task, *(shown.get(name, "-") for name in names), about])
+        for row in here:
+            if row["task"] == "mean of tasks" and not row["official"]:
+                there = f"{row['tasks']} of {row['of']} tasks with official data"
+                parts.append(f"PARTIAL, no {benchmark} result: {row['configuration']} has {there}.")
+        parts.append(draw(lines))
+        if any("*" in cell for line in lines for cell in line):
+            parts.append(f"* not a result on {benchmark}: the data are a subset or not the official ones; in no mean.")
+    parts.append(PROTOCOL)
+    if not any(row["benchmark"] in ("vtab-1k", "fgvc") for row in rows):
+        return "\n\n".join(parts)
+    lines = [["published, ViT-B/16 IN-21k", "vtab-1k groups", "vtab-1k tasks", "fgvc", "protocol"]]
+    lines += [[str(value) if value else "-" for value in row.values()] for row in published]
+    return "\n\n".join([*parts, draw(lines)])
+
+
+def summarize(results: list[dict], name: str) -> dict:
+    """One line for several runs of the task or suite `name`: what they share, lists of the rest, top-1 over seeds.
+
+    For a suite top-1 is the mean over VTAB-1k's groups or over FGVC's sets, and null while it is partial.
+    """
+    top1 = next(key for key in results[0] if key.endswith("_top1"))
+    rows = {row["task"]: row for row in records(collect(*(result["run"] for result in results)))}
+    row = rows[{"vtab": "mean of groups", "fgvc": "mean of tasks"}.get(name, name)]
+    whole = row["tasks"] == row["of"]
+    summary = {key: value for key, value in results[0].items() if all(r.get(key) == value for r in results)}
+    lists = {key: [result[key] for result in results] for key in ("trainable_parameters", "head_parameters", "run")}
+    return (
+        {key: values for key, values in lists.items() if key not in summary}
+        | summary
+        | {
+            "dataset": name,
+            "seed": sorted({result["seed"] for result in results}),
+            top1: row["top1"] if whole else None,
+            f"{top1}_std": row["std"] if whole else None,
+            "train_seconds": round(sum(result["train_seconds"] for result in results), 1),
+            "peak_memory_mb": max(result["peak_memory_mb"] or 0 for result in results),
+        }
+    )
+
+
+def _cell(row: dict) -> str:
+    if row["top1"] is None:
+        return "-"
+    text = f"{row['top1']:.2f}" + (f" ± {row['std']:.2f} ({row['seeds']})" if row["std"] is not None else "")
+    if row["group"] == "mean":
+        return text if row["official"] else f"{text} [{row['tasks']} of {row['of']} tasks]"
+    return text if row["official"] else f"{text} *"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
+
+
+def _latex(lines: list[list[str]]) -> str:
+    escapes = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "±": r"$\pm$", "#": r"\#"})
+    text = [" & ".join(cell.translate(escapes) for cell in line) + r" \\" for line in lines]
+    head = rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 2)}l}}"
+    return "\n".join([head, r"\hline", text[0], r"\hline", *text[1:], r"\hline", r"\end{tabular}"])
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("run", type=Path, help="a run's folder, or one that holds runs, for the table")
+    parser.add_argument(
+        "--format", choices=["markdown", "csv", "json", "latex"], default="markdown", help="of the table"
+    )
     parser.add_argument("--data-dir", help="where the data are now (default: where they were in training)")
     parser.add_argument("--checkpoint", help="where the backbone's file is now (default: where it was in training)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: the fastest")
-    parser.add_argument("--workers", type=int, default=4, help="threads that decode images (default: 4)")
+    parser.add_argument("--workers", type=int, default=4, help="processes that decode images (default: 4; 0: none)")
     args = parser.parse_args()
     try:
+        if args.run.is_dir() and not (args.run / "config.json").exists():
+            runs = collect(args.run)
+            if not runs:
+                raise models.ModelError(f"there is no finished run in {args.run}")
+            print(tabulate(runs, args.format))
+            return
         agree = check(args)
     except (data.DataError, models.ModelError) as error:
         parser.error(str(error))

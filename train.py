@@ -1,8 +1,9 @@
-"""Train MLAE (or LoRA, a linear probe, full fine-tuning) on one task, score it once, and print one line of JSON.
+"""Train MLAE (or LoRA, a linear probe, full fine-tuning) on a task, score it once, and print one line of JSON.
 
     python train.py                                            # the embedded demo: digits, no network, no GPU
     python train.py --dataset dtd --mask-prob 0.5              # a VTAB-1k task, ViT-B/16: one GPU
     python train.py --dataset dtd --val --mask-prob 0.7        # choose settings: train on 800, score val200
+    python train.py --dataset vtab --seeds 0 1 2               # all 19 tasks (fgvc: 5), what is finished is skipped
 
 On a CPU take a small model at a small size, for example `--model vit_small_patch14_dinov2 --img-size 98 --epochs 10`.
 Everything a run leaves is in runs/<dataset>/<name>/: config.json, log.csv, adapter.safetensors, metrics.json. The last
@@ -18,7 +19,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import model as models
-from eval import Parser, evaluate, pick_device, provenance, sha256
+from eval import Parser, collect, evaluate, pick_device, provenance, sha256, summarize, tabulate
 from mlae import PATTERNS, mask_rates, set_mask_prob
 
 try:
@@ -56,6 +56,10 @@ SCHEDULES = {
 }
 
 
+class Diverged(models.ModelError):
+    """Training ended in a loss that is not finite."""
+
+
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     """Linear from peak / warmup at step 0 to peak, then half a cosine towards 0 at step `steps`."""
     if step < warmup:
@@ -76,6 +80,7 @@ def run(args: argparse.Namespace) -> dict:
     folder = Path(args.out, args.dataset, f"{args.method}-{short}-seed{args.seed}{'-val' * args.val}-{digest}")
     metrics_file, state_file = folder / "metrics.json", folder / "state.pt"
     if args.resume and metrics_file.exists():
+        print(f"finished: {folder} (remove it to run it again)")
         return json.loads(metrics_file.read_text())
 
     # seed and device
@@ -84,9 +89,16 @@ def run(args: argparse.Namespace) -> dict:
     bf16 = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
     # data
-    load = {"name": args.dataset, "root": os.path.abspath(args.data_dir), "img_size": args.img_size}
+    load = {
+        "name": args.dataset,
+        "root": os.path.abspath(args.data_dir),
+        "img_size": args.img_size,
+        "source": args.source,
+    }
     load["split"] = "train" if args.val else "trainval"
     train, test = data.load(**load)
+    if train.source in data.SOURCES:
+        load["source"] = train.source  # what eval.py is to read, whatever is there by then
 
     # model
     same = ("method", "img_size", "drop_path", "rank", "mask_prob", "masking", "targets", "coef_init")
@@ -102,7 +114,11 @@ def run(args: argparse.Namespace) -> dict:
     mean, std = data.NORMALIZE.get(args.normalize) or (cfg["mean"], cfg["std"])
     normalize = data.normalizer(mean, std, device)
     num_layers = len(models.experts(model))
-    images, labels = train.tensors(device, args.workers)  # (N, 3, S, S) uint8, (N,)
+    augment = data.TASKS[args.dataset].benchmark == "fgvc"
+    if augment:
+        train.hold(args.workers)
+    else:
+        images, labels = train.tensors(device, args.workers)  # (N, 3, S, S) uint8, (N,)
 
     # optimizer: no weight decay for vectors (lambda, biases, norms) and for what timm exempts (position embeddings)
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
@@ -141,11 +157,12 @@ def run(args: argparse.Namespace) -> dict:
     print(", ".join(f"{sum(p.numel() for p in g['params']):,} with decay {g['weight_decay']:g}" for g in groups))
 
     # training
+    if args.compile:
+        torch.compiler.reset()  # else the models of earlier runs count towards its limit of recompilations
     net = torch.compile(model) if args.compile else model
     epoch, rows, seconds = 0, [], 0.0
     if args.resume and state_file.exists():
         epoch, rows, seconds = restore(state_file, model, optimizer)
-    if args.resume:
         print(f"resumed after epoch {epoch} of {folder}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -160,25 +177,30 @@ def run(args: argparse.Namespace) -> dict:
         if args.method == "mlae" and args.masking != "fixed":
             p = args.mask_prob * SCHEDULES[args.mask_schedule](epoch / max(1, args.epochs - 1))
             set_mask_prob(model, mask_rates(args.mask_pattern, num_layers, p).tolist())
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed * 10_007 + epoch))
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed * 10_007 + epoch))
+        if augment:
+            batches = train.batches(args.batch_size, args.workers, order.tolist(), f"{args.seed} {epoch}")
+        else:
+            batches = ((images[batch], labels[batch]) for batch in order.to(device).split(args.batch_size))
         loss_sum = correct = torch.zeros((), device=device)
-        for i, batch in enumerate(order.to(device).split(args.batch_size)):
+        for i, (x, y) in enumerate(batches):  # (B, 3, S, S) uint8, (B,)
             lr = learning_rate(epoch * steps_per_epoch + i, steps, warmup, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = net(normalize(images[batch]))  # (B, classes)
-            loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=args.label_smoothing)
+                logits = net(normalize(x))  # (B, classes)
+            y = y.to(device)
+            loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            loss_sum = loss_sum + loss.detach() * len(batch)
-            correct = correct + (logits.detach().argmax(1) == labels[batch]).sum()
+            loss_sum = loss_sum + loss.detach() * len(y)
+            correct = correct + (logits.detach().argmax(1) == y).sum()
             if bar.update():  # it shows something new, some ten times a second at most: time to ask the device
                 bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}", refresh=False)
-        mean_loss, train_top1 = loss_sum.item() / len(labels), 100 * correct.item() / len(labels)
+        mean_loss, train_top1 = loss_sum.item() / len(train), 100 * correct.item() / len(train)
         if not math.isfinite(mean_loss):
-            raise models.ModelError(f"the loss is {mean_loss} in epoch {epoch + 1}: --lr {args.lr:g} is too high")
+            raise Diverged(f"the loss is {mean_loss} in epoch {epoch + 1}: --lr {args.lr:g} is too high")
         seconds += time.perf_counter() - start
         rows.append([epoch + 1, lr, p, round(mean_loss, 6), round(train_top1, 2), round(seconds, 2)])
         with open(folder / "log.csv", "w", newline="") as file:
@@ -198,6 +220,7 @@ def run(args: argparse.Namespace) -> dict:
         f"{split}_top1": scores["top1"],
         f"{split}_loss": scores["loss"],
         "data": test.about,
+        "benchmark": test.benchmark,
         "trainable_parameters": counts["trainable_parameters"],
         "head_parameters": counts["head_parameters"],
         "train_seconds": round(seconds, 1),
@@ -207,21 +230,6 @@ def run(args: argparse.Namespace) -> dict:
     metrics_file.write_text(json.dumps(metrics))
     state_file.unlink()
     return metrics
-
-
-def summarize(results: list[dict]) -> dict:
-    """One line for runs that differ in their seed alone: mean and sample standard deviation of top-1, total time."""
-    summary = {key: value for key, value in results[0].items() if all(r[key] == value for r in results)}
-    top1 = next(key for key in results[0] if key.endswith("_top1"))
-    scores = [r[top1] for r in results]
-    return summary | {
-        top1: round(statistics.mean(scores), 2),
-        f"{top1}_std": round(statistics.stdev(scores), 2),
-        "seed": [r["seed"] for r in results],
-        "train_seconds": round(sum(r["train_seconds"] for r in results), 1),
-        "peak_memory_mb": max(r["peak_memory_mb"] or 0 for r in results),
-        "run": [r["run"] for r in results],
-    }
 
 
 def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *progress) -> None:
@@ -270,7 +278,10 @@ def git_hash() -> str | None:
         return None  # not a clone
 
 
+SUITES = {"vtab": "vtab-1k", "fgvc": "fgvc"}
 HELP = {
+    "dataset": "a task of data.py's table, or vtab or fgvc, all of theirs (default: digits, the embedded demo)",
+    "source": "of vtab-1k: the prepared folder, the originals, or auto: originals unless they cannot be had",
     "normalize": "channel mean and std: ImageNet's, as most published results, the model's, none (default: imagenet)",
     "targets": "ends of layer paths: attn.qkv attn.q attn.k attn.v attn.proj mlp.fc1 mlp.fc2 (default: attn.qkv)",
     "coef_init": "start of every lambda; for lora its frozen value alpha / rank (default: 1, that is alpha = rank)",
@@ -278,94 +289,112 @@ HELP = {
 }
 
 
-def positive(kind: type):
+def number(kind: type, low: float, high: float, what: str):
+    """A flag's type: an int or float in [low, high)."""
+
     def parse(text: str):
-        if not 0 < kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # for argparse's "invalid int value"
     return parse
 
 
-def seed(text: str) -> int:
-    if not 0 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be from 0 to {2**31 - 1}, not {text}")
-    return int(text)
-
-
-def fraction(text: str) -> float:
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1), not {text}")
-    return float(text)
+COUNT, WHOLE = number(int, 1, 2**31, "1 or more"), number(int, 0, 2**31, f"from 0 to {2**31 - 1}")
+FRACTION, POSITIVE = number(float, 0, 1, "in [0, 1)"), number(float, math.ulp(0.0), math.inf, "above 0")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flag = parser.add_argument
     # data
-    flag("--dataset", default="digits", help="a task of data.py's table (default: digits, the embedded demo)")
-    flag("--data-dir", default="data", help="the folder that holds vtab-1k/<task>/ (default: data)")
-    flag("--img-size", type=positive(int), help="side in pixels (default: the model's own)")
+    flag("--dataset", default="digits", help=HELP["dataset"])
+    flag("--data-dir", default="data", help="holds originals, vtab-1k/<task>/, fgvc/<set>/ (default: data)")
+    flag("--source", choices=data.SOURCES, default="auto", help=HELP["source"])
+    flag("--img-size", type=COUNT, help="side in pixels (default: the model's own)")
     flag("--normalize", choices=[*data.NORMALIZE, "model"], default="imagenet", help=HELP["normalize"])
     # model
     flag("--model", help="timm name with its tag (default: the paper's ViT-B/16 IN-21k; vit_nano for digits)")
     flag("--checkpoint", help="local .safetensors, .pth or Google .npz; none: random (default: timm's download)")
     flag("--method", choices=models.METHODS, default="mlae", help="what trains beside the head (default: mlae)")
     flag("--targets", nargs="+", default=["attn.qkv"], metavar="PATH", help=HELP["targets"])
-    flag("--rank", type=positive(int), default=8, help="experts a layer (default: 8; 0.30 M parameters on ViT-B)")
-    flag("--coef-init", type=positive(float), default=1.0, help=HELP["coef_init"])
+    flag("--rank", type=COUNT, default=8, help="experts a layer (default: 8; 0.30 M parameters on ViT-B)")
+    flag("--coef-init", type=POSITIVE, default=1.0, help=HELP["coef_init"])
     # masking
-    flag("--mask-prob", type=fraction, default=0.5, help="masking probability p (default: 0.5, the paper's middle)")
+    flag("--mask-prob", type=FRACTION, default=0.5, help="masking probability p (default: 0.5, the paper's middle)")
     flag("--masking", choices=models.MASKINGS, default="stochastic", help="default: stochastic, the paper's best")
     flag("--mask-pattern", choices=PATTERNS, default="random", help="p over depth (default: random, p everywhere)")
     flag("--mask-schedule", choices=SCHEDULES, default="constant", help=HELP["mask_schedule"])
     # optimization
-    flag("--epochs", type=positive(int), help="passes over the images (default: 100, the common recipe; digits 20)")
-    flag("--batch-size", type=positive(int), default=64, help="default: 64, as published; no image is dropped")
-    flag("--lr", type=positive(float), help="AdamW's peak (default: 1e-3, the common recipe; digits 8e-3, by val200)")
-    flag("--weight-decay", type=fraction, default=1e-4, help="of matrices only (default: 1e-4, as published)")
+    flag("--epochs", type=COUNT, help="passes over the images (default: 100, the common recipe; digits 20)")
+    flag("--batch-size", type=COUNT, default=64, help="default: 64, as published; no image is dropped")
+    flag("--lr", type=POSITIVE, help="AdamW's peak (default: 1e-3, the common recipe; digits 8e-3, by val200)")
+    flag("--weight-decay", type=FRACTION, default=1e-4, help="of matrices only (default: 1e-4, as published)")
     flag("--warmup-epochs", type=float, help="linear, then cosine to 0 (default: a tenth of the epochs)")
-    flag("--drop-path", type=fraction, help="stochastic depth (default: 0.1, the common recipe; digits and linear 0)")
-    flag("--label-smoothing", type=fraction, default=0.0, help="of the cross-entropy (default: 0, none)")
+    flag("--drop-path", type=FRACTION, help="stochastic depth (default: 0.1, the common recipe; digits and linear 0)")
+    flag("--label-smoothing", type=FRACTION, default=0.0, help="of the cross-entropy (default: 0, none)")
     # run
-    flag("--seed", type=seed, default=0, help="of head, experts, masks, image order and drop-path (default: 0)")
-    flag("--seeds", type=seed, nargs="+", metavar="SEED", help="one run each, then mean and standard deviation")
+    flag("--seed", type=WHOLE, default=0, help="of head, experts, masks, order, drop-path, crops (default: 0)")
+    flag("--seeds", type=WHOLE, nargs="+", metavar="SEED", help="one run each, then mean and standard deviation")
     flag("--val", action="store_true", help="train on 800, score val200, leave the test set alone: to choose settings")
     flag("--amp", choices=["auto", "bf16", "off"], default="auto", help="bf16 autocast (default: where CUDA has it)")
     flag("--compile", action="store_true", help="torch.compile (default: off; compiling takes longer than the demo)")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto, the fastest here")
-    flag("--workers", type=positive(int), default=4, help="threads that decode images (default: 4)")
+    flag("--workers", type=WHOLE, default=4, help="processes that decode images (default: 4; 0: none)")
     flag("--out", default="runs", help="where run folders go (default: runs)")
     flag("--resume", action="store_true", help="go on after the last whole epoch of the same run")
     args = parser.parse_args(argv)
+    name = args.dataset
     try:
-        task = data.find_task(args.dataset)
-        args.dataset = task.name
-        if args.drop_path is None and args.method == "linear":
-            args.drop_path = 0.0  # noise in a backbone that nothing adapts
-        for name, value in PRESETS[task.benchmark].items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
-        if args.warmup_epochs is None:
-            args.warmup_epochs = args.epochs / 10
-        if not 0 <= args.warmup_epochs < args.epochs:
-            parser.error(f"--warmup-epochs {args.warmup_epochs:g} must be from 0 to below --epochs {args.epochs}")
-        if args.mask_schedule != "constant" and args.masking == "fixed":
-            parser.error(f"--mask-schedule {args.mask_schedule} needs --masking stochastic or mixed: fixed masks stay")
-        args.img_size = args.img_size or models.input_size(args.model)
-        results = []
-        for number in args.seeds or [args.seed]:
-            args.seed = number
-            results.append(run(args))
-            print(json.dumps(results[-1]))
+        suite = SUITES.get(name)
+        tasks = [task for task in data.TASKS.values() if task.benchmark == suite] if suite else [data.find_task(name)]
+        args.resume |= bool(suite)  # a suite goes on where it stopped
+        results, missing = [], {}
+        for task in tasks:
+            for number in args.seeds or [args.seed]:
+                try:
+                    results.append(run(settle(parser, args, task, number)))
+                    print(json.dumps(results[-1]), flush=True)
+                except (data.DataError, Diverged) as error:
+                    if not suite:
+                        raise
+                    missing[task.name] = error
+                    print(f"{task.name}: left out, see the end")
+                    break
     except (data.DataError, models.ModelError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print("interrupted: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
         sys.exit(130)
-    if len(results) > 1:
-        print(json.dumps(summarize(results)))
+    if suite and results:
+        print(tabulate(collect(*(result["run"] for result in results))))
+    if missing:
+        print(f"\nleft out: {len(missing)} of {len(tasks)} tasks", file=sys.stdout if results else sys.stderr)
+        for task, error in missing.items():
+            print(f"- {task}: {str(error).removeprefix(f'{task}: ')}", file=sys.stdout if results else sys.stderr)
+    if not results:
+        parser.error(f"--dataset {name}: not one of its {len(tasks)} tasks could run; see above")
+    if suite or len(results) > 1:
+        print(json.dumps(summarize(results, name if suite else tasks[0].name)))
+
+
+def settle(parser: Parser, args: argparse.Namespace, task: data.Task, number: int) -> argparse.Namespace:
+    """The arguments of one run: those given, and for those left out what suits the task."""
+    args = argparse.Namespace(**vars(args) | {"dataset": task.name, "seed": number})
+    if args.drop_path is None and args.method == "linear":
+        args.drop_path = 0.0  # noise in a backbone that nothing adapts
+    for name, value in PRESETS[task.benchmark].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs / 10
+    if not 0 <= args.warmup_epochs < args.epochs:
+        parser.error(f"--warmup-epochs {args.warmup_epochs:g} must be from 0 to below --epochs {args.epochs}")
+    if args.mask_schedule != "constant" and args.masking == "fixed":
+        parser.error(f"--mask-schedule {args.mask_schedule} needs --masking stochastic or mixed: fixed masks stay")
+    args.img_size = args.img_size or models.input_size(args.model)
+    return args
 
 
 if __name__ == "__main__":

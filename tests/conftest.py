@@ -7,11 +7,27 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model as models
+import splits
+
+FETCH = splits._fetch
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def fetch_itself():
+    return FETCH
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    def refuse(name, original, root):
+        raise OSError("tests download nothing")
+
+    monkeypatch.setattr(splits, "_fetch", refuse)
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """The table, the prepared folder and the demo, against the facts and against Pillow and NumPy alone."""
 
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 import data
+import splits
 from data import DataError, load
 
 
@@ -79,10 +82,31 @@ def test_prepared_folder_against_pillow(prepared):
     assert len(train) == 800 and len(val) == 200 and val.about.endswith("800 train / 200 val")
 
 
+def test_the_prepared_folder_only_where_the_originals_cannot_be_had(prepared, capsys, monkeypatch):
+    train, _ = load("cifar", prepared)
+    assert train.source == "prepared" and "reading the prepared folder" in capsys.readouterr().out
+    assert load("cifar", prepared, source="prepared")[0].source == "prepared" and not capsys.readouterr().out
+    with pytest.raises(DataError, match="no .*cifar-100-python: get it by hand"):
+        load("cifar", prepared, source="original", download=False)
+    pixels = np.zeros((60_000, 2, 2, 3), np.uint8)
+    rows = {"train": splits._rows(pixels[:50_000], [0] * 50_000), "test": splits._rows(pixels[50_000:], [1] * 10_000)}
+    monkeypatch.setattr(splits, "originals", lambda name, root, download: rows)
+    train, test = load("cifar", prepared)
+    assert train.about == "originals, raw images, 1000 train / 10000 test"
+    assert train.source == "original" and test.benchmark == "vtab-1k"
+
+
+def test_a_subset_is_never_the_benchmark(prepared):
+    _, test = load("cifar", prepared)
+    assert test.benchmark == "not vtab-1k"
+
+
 def test_a_declared_subset_is_named(prepared, tmp_path):
     root = edited(prepared, tmp_path, "none", None)
     (root / "vtab-1k/cifar/SUBSET").write_text("not the official\nimages")
     assert load("cifar", root)[1].about.endswith("(subset); SUBSET: not the official images")
+    val = load("cifar", root, split="train")[1]
+    assert val.about.endswith("200 val; SUBSET: not the official images") and val.benchmark == "not vtab-1k"
 
 
 def test_reading_twice_gives_identical_tensors(prepared):
@@ -106,6 +130,196 @@ def test_tensors_and_batches_are_the_items_in_order(prepared):
         assert [len(labels) for _, labels in batches] == [300, 300, 300, 100]
         assert torch.equal(torch.cat([images for images, _ in batches]), images)
     assert [len(labels) for _, labels in train.batches(500)] == [500, 500]
+
+
+def decodings(monkeypatch):
+    """A list that grows by one with every image decoded in this process."""
+    seen, open_it = [], data.Images._open
+    monkeypatch.setattr(data.Images, "_open", lambda self, i: (seen.append(i), open_it(self, i))[1])
+    return seen
+
+
+def test_the_cache_is_read_the_second_time(prepared, tmp_path, monkeypatch):
+    root = edited(prepared, tmp_path, "none", None)
+    seen = decodings(monkeypatch)
+    state = torch.get_rng_state()
+    first = load("cifar", root, img_size=16)[0].tensors(workers=0)
+    assert len(seen) == 1000 and torch.equal(state, torch.get_rng_state())  # or a cache would change the training
+    (cache,) = (root / "cache").iterdir()
+    assert cache.name == "cifar-prepared-trainval-16.safetensors"
+    again = load("cifar", root, img_size=16)[0].tensors(workers=0)
+    assert len(seen) == 1000 and torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    load("cifar", root, img_size=8)[0].tensors(workers=0)  # another size is another file
+    load("cifar", root, img_size=16, split="train")[0].tensors(workers=0)
+    assert len(seen) == 2800 and len(list((root / "cache").iterdir())) == 3
+
+
+def flip_a_byte(file):
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "damage", [flip_a_byte, lambda f: f.write_bytes(f.read_bytes()[:-100]), lambda f: f.write_bytes(b"{}"), None]
+)
+def test_a_damaged_or_stale_cache_is_built_again(prepared, tmp_path, monkeypatch, damage):
+    root = edited(prepared, tmp_path, "none", None)
+    if damage is None:  # its own copy of the images, of which one changes
+        (root / "vtab-1k/cifar/images").unlink()
+        shutil.copytree(prepared / "vtab-1k/cifar/images", root / "vtab-1k/cifar/images")
+    first = load("cifar", root, img_size=16)[0].tensors()[0]
+    (cache,) = (root / "cache").iterdir()
+    size = len(cache.read_bytes())
+    if damage:
+        damage(cache)
+    else:
+        Image.new("RGB", (4, 4), "red").save(root / "vtab-1k/cifar/images/train800/000005.png")
+    seen = decodings(monkeypatch)
+    again = load("cifar", root, img_size=16)[0].tensors(workers=0)[0]
+    assert len(seen) == 1000
+    if damage:
+        assert torch.equal(first, again) and len(cache.read_bytes()) == size
+    else:
+        assert not torch.equal(first[5], again[5]) and torch.equal(first[6:], again[6:])
+    assert torch.equal(load("cifar", root, img_size=16)[0].tensors(workers=0)[0], again)
+    assert len(seen) == 1000 and len(list((root / "cache").iterdir())) == 1
+
+
+def test_no_cache_where_it_cannot_be_written(prepared, tmp_path, capsys):
+    root = edited(prepared, tmp_path, "none", None)
+    (root / "cache").write_text("a file in its place")
+    images = load("cifar", root, img_size=16)[0].tensors()[0]
+    assert len(images) == 1000 and "decoded images are not kept: cannot write" in capsys.readouterr().out
+
+
+BIRDS = {"train": 30, "val": 10, "test": 12}
+
+
+@pytest.fixture
+def birds(tmp_path):
+    """A CUB of few images, in VPT's layout: class ids from 1 with gaps, images of several shapes."""
+    folder, rng = tmp_path / "fgvc/CUB_200_2011", np.random.default_rng(0)
+    for part, count in BIRDS.items():
+        listing = {}
+        for i in range(count):
+            name = f"{i % 5:03}.bird/{part}{i}.jpg"
+            (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+            coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 3), np.uint8))
+            coarse.resize((90 + 7 * (i % 9), 120 - 5 * (i % 7))).save(folder / "images" / name)
+            listing[name] = 3 * (i % 5) + 1
+        (folder / f"{part}.json").write_text(json.dumps(listing))
+    return tmp_path
+
+
+def test_fgvc_lists(birds):
+    train, test = load("cub", birds, img_size=56)
+    assert train.about == "lists of VPT, JPEG images, 40 of 5994 train (subset) / 12 of 5794 test (subset)"
+    assert train.benchmark == "not fgvc" and train.labels.tolist() == [i % 5 for i in range(30)] + [
+        i % 5 for i in range(10)
+    ]
+    small, val = load("cub", birds, img_size=56, split="train")
+    assert len(small) == 30 and len(val) == 10 and val.about.endswith("10 of 600 val (subset)")
+    image = Image.open(test.items[3])  # the test view by hand: short side 64, centre 56 x 56
+    w, h = image.size
+    scaled = image.resize((64, 64 * h // w) if w < h else (64 * w // h, 64), Image.Resampling.BICUBIC)
+    left, top = round((scaled.size[0] - 56) / 2), round((scaled.size[1] - 56) / 2)
+    want = np.asarray(scaled.crop((left, top, left + 56, top + 56)))
+    assert np.array_equal(test[3][0].permute(1, 2, 0), want)
+
+
+def test_augmentation_depends_on_seed_and_index_alone(birds):
+    train, _ = load("cub", birds, img_size=56)
+    order = [5, 3, 8, 1, 0, 2]
+
+    def crops(workers, seed, order=order):
+        state = torch.get_rng_state()
+        images, labels = map(torch.cat, zip(*train.batches(4, workers, order, seed), strict=True))
+        assert torch.equal(state, torch.get_rng_state()) and labels.tolist() == [i % 5 for i in order]
+        return images
+
+    first = crops(0, "0 0")
+    assert torch.equal(first, crops(2, "0 0")) and torch.equal(first.flip(0), crops(0, "0 0", order[::-1]))
+    assert not any(torch.equal(a, b) for a, b in zip(first, crops(0, "0 1"), strict=True))
+    plain = torch.cat([images for images, _ in train.batches(4, 0, order)])
+    assert not any(torch.equal(a, b) for a, b in zip(first, plain, strict=True))
+
+
+def test_random_crops_have_the_published_areas_and_flip_half_of_the_time(tmp_path):
+    ramp = np.zeros((1, 200, 200, 3), np.uint8)
+    ramp[0, :, :, 0] = np.arange(200)[None]  # brightness grows to the right, green downwards
+    ramp[0, :, :, 1] = np.arange(200)[:, None]
+    views = torch.cat([x for s in range(400) for x, _ in data.Images(ramp, [0], 50).batches(1, 0, seed=str(s))]).float()
+    red, green = views[:, 0].mean(1), views[:, 1].mean(2)  # (400, 50) over columns, over rows
+    flipped = red[:, 0] > red[:, -1]
+    assert 0.4 < flipped.float().mean() < 0.6
+    wide, high = (red[:, -1] - red[:, 0]).abs() / 196, (green[:, -1] - green[:, 0]).abs() / 196
+    area = wide * high
+    assert 0.06 < area.min() < 0.15 and area.max() > 0.85 and 0.45 < area.mean() < 0.62
+    assert 0.7 < (wide / high).min() and (wide / high).max() < 1.45
+
+
+def test_fgvc_is_held_in_memory_at_the_test_size(birds, capsys, monkeypatch):
+    train, _ = load("cub", birds, img_size=56)
+    streamed = torch.cat([x for x, _ in train.batches(8, 0)])
+    need = sum(int(np.prod(np.asarray(short_side(Image.open(path), 64)).shape)) for path in train.items)
+    assert not train.hold(limit=need - 1) and "streamed from the files" in capsys.readouterr().out
+    assert train.hold(workers=2, limit=need) and f"40 images at 64 pixels take {need / 2**30:.2f} GiB" in (
+        capsys.readouterr().out
+    )
+    assert len(train.pixels) == need
+    for i in (0, 7, 39):
+        assert np.array_equal(np.asarray(train._open(i)), np.asarray(short_side(Image.open(train.items[i]), 64)))
+    assert torch.equal(torch.cat([x for x, _ in train.batches(8, 0)]), streamed)
+    seen = decodings(monkeypatch)
+    again, _ = load("cub", birds, img_size=56)
+    again.hold(workers=0)
+    assert not seen and torch.equal(again.pixels, train.pixels)
+
+
+def short_side(image, side):
+    w, h = image.size
+    return image.resize((side, side * h // w) if w < h else (side * w // h, side), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("part", "listing", "message"),
+    [
+        ("val", "{", "val.json is no list like"),
+        ("val", "[1]", "val.json is no list like"),
+        ("val", "{}", "val.json is no list like"),
+        ("test", '{"000.bird/test0.jpg": "one"}', "test.json is no list like"),
+        ("test", '{"../../../x.jpg": 1}', "test.json: ../../../x.jpg leads out of the task's folder"),
+        ("test", '{"000.bird/gone.jpg": 1}', "gone.jpg does not exist"),
+        ("test", json.dumps({f"{i}.jpg": i for i in range(300)}), "the lists have 300 classes, cub has 200"),
+        ("test", None, "test.json is no list like"),
+    ],
+)
+def test_damaged_fgvc_lists(birds, part, listing, message):
+    file = birds / f"fgvc/CUB_200_2011/{part}.json"
+    file.write_text(listing) if listing is not None else file.unlink()
+    with pytest.raises(DataError, match=re.escape(message)):
+        load("cub", birds)
+
+
+def test_fgvc_sets_that_are_not_there(birds):
+    with pytest.raises(DataError, match=r"nabirds: no folder .*fgvc/nabirds: put the images of NABirds there"):
+        load("nabirds", birds)
+    with pytest.raises(DataError, match="oxford_flowers102: no .*flowers-102/jpg: get it by hand"):
+        load("oxford_flowers", birds, download=False)
+
+
+def test_fgvc_flowers_from_the_originals(tmp_path, monkeypatch):
+    rng, parts = np.random.default_rng(0), {}
+    Image.new("RGB", (9, 9)).save(tmp_path / "flower.jpg")
+    for name, count in (("train", 1020), ("validation", 1020), ("test", 6149)):
+        keys, labels = [f"{name}{i}.jpg" for i in range(count)], rng.integers(0, 102, count)
+        parts[name] = keys, labels, lambda rows: [tmp_path / "flower.jpg" for _ in rows]
+    monkeypatch.setattr(data, "originals", lambda name, root, download: parts)
+    train, test = load("oxford_flowers", tmp_path)
+    assert train.about == "originals, JPEG images, 2040 train / 6149 test" and train.benchmark == "fgvc"
+    assert train.labels.tolist() == [*parts["train"][1], *parts["validation"][1]]
+    assert test.short == 256 and not list(tmp_path.glob("cache"))
 
 
 def test_normalization_against_numpy(prepared):
@@ -142,8 +356,14 @@ def test_damaged_lists(prepared, tmp_path, listing, edit, message):
 
 
 def test_missing_folders_and_lists(prepared, tmp_path):
-    with pytest.raises(DataError, match=r"no folder .*vtab-1k/dtd: unpack .*Google Drive"):
+    with pytest.raises(DataError, match=r"dtd: .* there is no .*/dtd/dtd: get it by hand from https://.*Google Drive"):
         load("dtd", prepared)
+    with pytest.raises(DataError, match=r"dtd: no folder .*vtab-1k/dtd: unpack .*Google Drive"):
+        load("dtd", prepared, source="prepared")
+    with pytest.raises(DataError, match=r"sun397: no folder .*vtab-1k/sun397: unpack"):
+        load("sun397", prepared)
+    with pytest.raises(DataError, match="--source original: sun397 has a prepared folder only"):
+        load("sun397", prepared, source="original")
     root = edited(prepared, tmp_path, "none", None)
     (root / "vtab-1k/cifar/val200.txt").unlink()
     with pytest.raises(DataError, match="no list .*val200.txt"):
@@ -151,7 +371,7 @@ def test_missing_folders_and_lists(prepared, tmp_path):
     (root / "vtab-1k/cifar/val200.txt").write_bytes(b"\xff\xfe 3")
     with pytest.raises(DataError, match="no list .*val200.txt .*utf-8"):
         load("cifar", root, split="train")
-    with pytest.raises(ValueError, match="split must be"):
+    with pytest.raises(ValueError, match="split is trainval or train"):
         load("cifar", root, split="test")
 
 

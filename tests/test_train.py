@@ -235,13 +235,18 @@ def test_a_vtab_task_from_its_prepared_folder(run, cifar):
         (["--dataset", "cifra"], "unknown dataset 'cifra': did you mean 'cifar'?"),
         (["--mask-prob", "1"], "argument --mask-prob: must be in [0, 1), not 1"),
         (["--mask-prob", "nan"], "argument --mask-prob: must be in [0, 1), not nan"),
-        (["--mask-prob", "half"], "argument --mask-prob: invalid fraction value: 'half'"),
-        (["--rank", "0"], "argument --rank: must be above 0, not 0"),
+        (["--mask-prob", "half"], "argument --mask-prob: invalid float value: 'half'"),
+        (["--rank", "0"], "argument --rank: must be 1 or more, not 0"),
         (["--rank", "x"], "argument --rank: invalid int value: 'x'"),
         (["--lr", "-1"], "argument --lr: must be above 0, not -1"),
         (["--targets", "attn.qvk"], "target 'attn.qvk' matches no linear layer of vit_nano; there are: attn.qkv (6)"),
-        (["--dataset", "dtd"], "no folder "),
-        (["--dataset", "cub"], "cub (fgvc) cannot be loaded yet"),
+        (["--dataset", "dtd"], "get it by hand from https://www.robots.ox.ac.uk"),
+        (["--dataset", "sun397"], "/data/vtab-1k/sun397: unpack a prepared archive"),
+        (["--dataset", "dtd", "--source", "prepared"], "/data/vtab-1k/dtd: unpack a prepared archive"),
+        (["--dataset", "sun397", "--source", "original"], "sun397 has a prepared folder only; use --source prepared"),
+        (["--source", "tfds"], "argument --source: invalid choice: 'tfds'"),
+        (["--dataset", "cub"], "/data/fgvc/cub: put the images of CUB-200-2011 there"),
+        (["--workers", "-1"], "argument --workers: must be from 0 to"),
         (["--model", "vit_nanoo"], "timm has no model 'vit_nanoo'"),
         (["--checkpoint", "absent.pth"], "no checkpoint file "),
         (["--warmup-epochs", "2"], "--warmup-epochs 2 must be from 0 to below --epochs 2"),
@@ -353,3 +358,186 @@ def test_real_images_and_a_real_model(run):
         *("--img-size", 42, "--epochs", 3),
     )
     assert metrics["test_top1"] > 3  # chance is 1; three epochs at 42 pixels gave 5.8
+
+
+@pytest.fixture
+def three(tmp_path, cifar):
+    """A root with three of VTAB-1k's nineteen tasks, one of them a subset."""
+    for task, test in (("dtd", 1880), ("kitti", 711)):
+        folder = cifar.parent / task
+        folder.mkdir()
+        (folder / "images").symlink_to(cifar / "images")
+        for name, count in {"train800": 800, "val200": 200, "train800val200": 1000, "test": test}.items():
+            (folder / f"{name}.txt").write_text("".join(f"images/{i % 10}.png {i % 4}\n" for i in range(count)))
+    return tmp_path
+
+
+@pytest.fixture
+def suite(three, run, capsys, monkeypatch):
+    """Runs --dataset vtab on those three; returns all that was printed and the last line."""
+    monkeypatch.chdir(three)
+
+    def call(*arguments):
+        base = ["--dataset", "vtab", "--device", "cpu", "--model", "vit_nano", "--epochs", "1", "--img-size", "14"]
+        train.main([*base, *map(str, arguments)])
+        out, err = capsys.readouterr()
+        assert not [line for line in err.splitlines() if "step" not in line]  # tqdm's bar, on a terminal
+        return out, json.loads(out.splitlines()[-1])
+
+    return call
+
+
+def table(text):
+    """{first cell: other cells} of the markdown table's rows."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_a_suite_runs_what_is_there_and_lists_the_rest(suite, three, monkeypatch):
+    out, last = suite()
+    rows = table(out)
+    single = json.loads(next(Path("runs/dtd").glob("*/metrics.json")).read_text())["test_top1"]
+    assert {path.name for path in Path("runs").iterdir()} == {"cifar", "dtd", "kitti"}
+    assert "PARTIAL, no vtab-1k result: mlae has 2 of 19 tasks" in out and "left out: 16 of 19 tasks" in out
+    assert rows["cifar"][0].endswith(" *") and "30 of 10000 test (subset)" in rows["cifar"][1]
+    assert "* not a result on vtab-1k" in out
+    assert rows["dtd"][0] == f"{single:.2f}" and rows["svhn"][0] == "-"
+    assert rows["natural"][0] == f"{single:.2f} [1 of 7 tasks]"  # the subset is in no mean
+    assert rows["mean of groups"][0] == "-" and rows["MLAE (Wang et al. 2024)"][:3] == ["78.8", "-", "90.9"]
+    missing = [line for line in out.splitlines() if line.startswith("- ")]
+    assert len(missing) == 16 and all("unpack" in line or "pip install" in line for line in missing)
+    assert last["dataset"] == "vtab" and last["test_top1"] is None and len(last["run"]) == 3
+    monkeypatch.setattr(train.models, "create", None)  # nothing trains again
+    again, _ = suite()
+    assert again.count("finished: runs/") == 3 and table(again) == rows
+
+
+def test_a_suite_of_several_seeds(suite):
+    out, last = suite("--seeds", 0, 1, 2, "--mask-prob", 0.1)
+    scores = [json.loads(file.read_text())["test_top1"] for file in Path("runs/dtd").glob("*/metrics.json")]
+    mean, std = np.mean(scores), np.std(scores, ddof=1)
+    assert table(out)["dtd"][0] == f"{mean:.2f} ± {std:.2f} (3)" and last["seed"] == [0, 1, 2]
+
+
+def test_a_suite_goes_on_past_damaged_data_and_divergence(suite, three, monkeypatch):
+    (three / "data/vtab-1k/dtd/test.txt").write_text("images/0.png x\n")
+    out, _ = suite("--dataset", "vtab")
+    assert "left out: 17 of 19 tasks" in out and "- dtd: " in out and "test.txt, line 1: expected" in out
+    evaluate, calls = train.evaluate, []
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
+    with pytest.raises(SystemExit) as stop:
+        suite("--lr", 1e30, "--epochs", 2)
+    assert stop.value.code == 2 and not calls
+
+
+def test_a_suite_without_any_data(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--dataset", "fgvc", "--model", "vit_nano")
+    err = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and err[-1].endswith("--dataset fgvc: not one of its 5 tasks could run; see above")
+    assert sum(line.startswith("- ") for line in err) == 5 and not Path("runs").exists()
+
+
+def test_training_on_fgvc_crops(run, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "data/fgvc/cub/images").mkdir(parents=True)
+    for part, count in (("train", 40), ("val", 10), ("test", 10)):
+        for i in range(count):
+            coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8))
+            coarse.resize((40, 30)).save(tmp_path / f"data/fgvc/cub/images/{part}{i}.png")
+        listing = {f"{part}{i}.png": i % 4 + 1 for i in range(count)}
+        (tmp_path / f"data/fgvc/cub/{part}.json").write_text(json.dumps(listing))
+    arguments = ["--dataset", "cub", "--model", "vit_nano", "--drop-path", 0, "--method", "linear", "--batch-size", 8]
+    held = run(*arguments)
+    assert held["data"] == "lists of VPT, PNG images, 50 of 5994 train (subset) / 10 of 5794 test (subset)"
+    assert held["benchmark"] == "not fgvc" and (tmp_path / "data/cache/cub-list-trainval-14.safetensors").exists()
+    again = run(*arguments, "--out", "again", "--workers", 0)
+    assert again["test_loss"] == held["test_loss"]
+    assert [row["loss"] for row in log(again)] == [row["loss"] for row in log(held)]
+
+
+def write_run(root, task, seed, top1, benchmark="vtab-1k", val=False, **arguments):
+    folder = Path(root, task, f"{seed}-{val}-{'-'.join(map(str, arguments.values()))}")
+    folder.mkdir(parents=True)
+    arguments = {"method": "mlae", "dataset": task, "seed": seed, "val": val, "rank": 8} | arguments
+    (folder / "config.json").write_text(json.dumps({"arguments": arguments}))
+    split = "val" if val else "test"
+    metrics = {"dataset": task, "seed": seed, f"{split}_top1": top1, "benchmark": benchmark, "data": "originals"}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+@pytest.fixture
+def all_runs(tmp_path):
+    """19 tasks x 2 seeds of one configuration, 5 x 1 of FGVC, three of another configuration."""
+    scores = {}
+    for i, task in enumerate(task for task in data.TASKS.values() if task.benchmark in ("vtab-1k", "fgvc")):
+        for seed in (0, 1) if task.benchmark == "vtab-1k" else (0,):
+            scores[task.name, seed] = 50 + 2 * i + 3 * seed * (i % 3)
+            write_run(tmp_path / "runs", task.name, seed, scores[task.name, seed], task.benchmark)
+    for seed in range(3):
+        write_run(tmp_path / "runs", "dtd", seed, 70 + seed, rank=4)
+    write_run(tmp_path / "runs", "dtd", 0, 66.0, val=True)
+    return tmp_path / "runs", scores
+
+
+def test_the_table_of_all_runs(all_runs, capsys):
+    folder, scores = all_runs
+    code, out, err = tabulated(capsys, folder)
+    rows = table(out[: out.index("| fgvc, ")])
+    groups = {}
+    for task in data.TASKS.values():
+        if task.benchmark == "vtab-1k":
+            groups.setdefault(task.group, []).append([scores[task.name, seed] for seed in (0, 1)])
+    means = {group: np.mean(values, 0) for group, values in groups.items()}  # (2,) over seeds
+    means["mean of groups"] = np.mean(list(means.values()), 0)
+    means["mean of tasks"] = np.mean([value for values in groups.values() for value in values], 0)
+    for name, values in means.items():
+        assert rows[name][0] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f} (2)"
+    assert rows["vtab-1k, test top-1 (%)"][:2] == ["mlae rank=8", "mlae rank=4"]
+    assert rows["caltech101"][1] == "-" and rows["dtd"][1] == "71.00 ± 1.00 (3)" and "vtab-1k, val top-1" in out
+    sets = [value for (task, _), value in scores.items() if data.TASKS[task].benchmark == "fgvc"]
+    fgvc = table(out[out.index("| fgvc, ") : out.index("| vtab-1k, val")]) | table(out[out.index("| published") :])
+    assert len(sets) == 5 and fgvc["cub"][0] == f"{sets[0]:.2f}"
+    assert fgvc["mean of tasks"][0] == f"{np.mean(sets):.2f}"
+    assert out.count("PARTIAL") == 2 and "PARTIAL, no vtab-1k result: mlae rank=4 has 1 of 19 tasks" in out
+    assert "best epoch on the test set" in fgvc["LoRA, r = 8 (from NOAH)"]
+
+
+def tabulated(capsys, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+        evaluation.main()
+    captured = capsys.readouterr()
+    return 0, captured.out, captured.err
+
+
+def test_the_tables_formats_agree(all_runs, capsys):
+    folder, _ = all_runs
+    rows = json.loads(tabulated(capsys, folder, "--format", "json")[1])
+    lines = list(csv.DictReader(tabulated(capsys, folder, "--format", "csv")[1].splitlines()))
+    assert len(rows["published"]) == 5 and len(lines) == len(rows["runs"]) + 12
+    for line, row in zip(lines, rows["runs"], strict=False):
+        assert {key: "" if value is None else str(value) for key, value in row.items()} == line
+    latex = tabulated(capsys, folder, "--format", "latex")[1]
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 4 and r"smallnorb\_ele & " in latex
+    body = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    columns = [line.count("r") - 2 for line in latex.splitlines() if line.startswith(r"\begin{tabular}{")]
+    assert all(line.count("&") - line.count(r"\&") > 1 for line in body) and columns
+
+
+def test_a_subset_is_marked_and_left_out_of_means(all_runs, capsys):
+    folder, _ = all_runs
+    write_run(folder.parent / "subset", "dtd", 0, 99.0, "not vtab-1k")
+    write_run(folder.parent / "subset", "svhn", 0, 40.0)
+    rows = table(tabulated(capsys, folder.parent / "subset")[1])
+    assert rows["dtd"][0] == "99.00 *" and rows["natural"][0] == "40.00 [1 of 7 tasks]"
+
+
+def test_tables_of_nothing_or_of_damaged_runs(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    code, _, err = score_again(capsys, tmp_path / "runs")
+    assert code == 2 and err.count("\n") == 1 and "there is no finished run in" in err
+    write_run(tmp_path / "runs", "dtd", 0, 70.0)
+    next((tmp_path / "runs").rglob("metrics.json")).write_text("{")
+    code, _, err = score_again(capsys, tmp_path / "runs")
+    assert code == 2 and err.count("\n") == 1 and "is damaged" in err
