@@ -203,8 +203,8 @@ class Images:
         yield from self._load(order, batch_size, workers, partial(self._batch, seed=seed))
 
     def _load(self, order, batch_size: int, workers: int, collate: Callable) -> Iterator:
-        if len(order) * self.img_size**2 < 5e6:
-            workers = 0  # done before a process has started
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(workers, cores) if len(order) * self.img_size**2 > 5e6 else 0  # done before a process starts
         try:
             own = torch.Generator()  # else starting an epoch draws from the run's random numbers
             yield from DataLoader(order, batch_size, num_workers=workers, collate_fn=collate, generator=own)
