@@ -19,6 +19,7 @@ import difflib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -55,6 +56,7 @@ __all__ = ["NORMALIZE", "TASKS", "DataError", "Images", "Task", "find_task", "lo
 
 DEMO = Path(__file__).resolve().parent / "demo" / "digits.npz"
 ARCHIVE = "1yZKwiKdsBzTfBgnStRveYMokc7GMMd5p"  # all 19 tasks, on Google Drive
+SUITES = {"vtab": "vtab-1k", "fgvc": "fgvc"}  # all tasks of a benchmark
 SOURCES = ("auto", "original", "prepared")
 LISTS = {"train": "train800", "val": "val200", "test": "test"}  # of the prepared folder; train + val: train800val200
 BICUBIC = TF.InterpolationMode.BICUBIC
@@ -137,8 +139,9 @@ def find_task(name: str) -> Task:
     names = {alias: task for task in TASKS.values() for alias in (task.name, *task.aliases)}
     key = name.lower().replace("-", "_")
     if key not in names:
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-        hint = f"did you mean {names[near[0]].name!r}?" if near else f"the tasks are {', '.join(TASKS)}"
+        known = {alias: task.name for alias, task in names.items()} | {suite: suite for suite in SUITES}
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {known[near[0]]!r}?" if near else f"there are {', '.join([*SUITES, *TASKS])}"
         raise DataError(f"unknown dataset {name!r}: {hint}")
     return names[key]
 
@@ -147,16 +150,18 @@ class Images:
     """One split of a task. Item i is (image (3, S, S) uint8, label int), the same at every reading.
 
     Attributes: `items` (paths, or an array (N, H, W) or (N, H, W, 3) of uint8), `labels` (N,) int64, `about` (source,
-    encoding, counts), `source` ("original", "prepared", "list", ...), `benchmark` (of which it is the official split,
-    or "not <benchmark>" for a subset). `crop`: the test view is the centre crop of a resized image, as in FGVC,
-    instead of the whole image. `cache`: the file for `tensors` and `hold`.
+    encoding, counts), `source` ("original", "prepared", "lists", "embedded"), `benchmark` (whose official split it is;
+    "not <benchmark>" for a subset). `crop`: the test view is the centre crop of a resized image, as in FGVC, instead of
+    the whole image. `cache`: the file for `tensors` and `hold`; `checked`: that of `check`.
     """
 
-    def __init__(self, items, labels, img_size, about="", *, source="", benchmark="", crop=False, cache=None) -> None:
+    def __init__(
+        self, items, labels, img_size, about="", *, source="", benchmark="", crop=False, cache=None, checked=None
+    ) -> None:
         self.items, self.img_size, self.about, self.source, self.benchmark = items, img_size, about, source, benchmark
         self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
         self.short = round(img_size / 0.875) if crop else None  # the resized image's short side, 256 for 224
-        self.cache, self.pixels = cache, None
+        self.cache, self.checked, self.pixels = cache, checked, None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -178,15 +183,17 @@ class Images:
     def _view(self, image: Image.Image, seed: str | None) -> Image.Image:
         """The image at S x S: augmented by random numbers of `seed`, or as in testing."""
         size = [self.img_size, self.img_size]
+        if self.short and (self.pixels is None or seed is None):
+            image = TF.resize(image, self.short, BICUBIC)
         if seed is not None:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(zlib.crc32(seed.encode()))
+                torch.default_generator.manual_seed(zlib.crc32(seed.encode()))  # the CPU's alone
                 box = RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
                 flip = torch.rand(()) < 0.5
             image = TF.resized_crop(image, *box, size, BICUBIC)
             return TF.hflip(image) if flip else image
         if self.short:
-            return TF.center_crop(TF.resize(image, self.short, BICUBIC), size)
+            return TF.center_crop(image, size)
         return image if image.size == tuple(size) else TF.resize(image, size, BICUBIC)
 
     def _batch(self, indexes: list[int], seed: str | None) -> tuple[Tensor, Tensor]:
@@ -205,6 +212,8 @@ class Images:
     def _load(self, order, batch_size: int, workers: int, collate: Callable) -> Iterator:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = min(workers, cores) if len(order) * self.img_size**2 > 5e6 else 0  # done before a process starts
+        if multiprocessing.get_start_method() != "fork" and (self.pixels is not None or self._in_memory()):
+            workers = 0  # each process would be sent all pixels
         try:
             own = torch.Generator()  # else starting an epoch draws from the run's random numbers
             yield from DataLoader(order, batch_size, num_workers=workers, collate_fn=collate, generator=own)
@@ -250,26 +259,51 @@ class Images:
         self.pixels = self._cached(decode)["pixels"]
         return True
 
-    def _bar(self, batches: Iterable) -> Iterable:
-        return tqdm(batches, f"decoding {len(self)} images", math.ceil(len(self) / 50), unit="batch", disable=None)
+    def _bar(self, batches: Iterable, doing: str = "decoding") -> Iterable:
+        return tqdm(batches, f"{doing} {len(self)} images", math.ceil(len(self) / 50), unit="batch", disable=None)
 
     def _flat(self, indexes: list[int]) -> Tensor:
         """Images in short-side size, (H, W, 3) each, all in one row."""
         views = [TF.resize(self._open(i), self.short, BICUBIC) for i in indexes]
         return torch.from_numpy(np.concatenate([np.asarray(view).ravel() for view in views]))
 
-    def _cached(self, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `make` returns, from the cache file if that is whole and of these very images, else made and written."""
-        if self.cache is None:
-            return make()
+    def _in_memory(self) -> bool:
+        return isinstance(self.items, np.ndarray)
+
+    def fingerprint(self) -> str:
+        """A digest of size, labels and images, these by name, length and time of change, or by value if in memory."""
         digest = hashlib.sha256(f"{self.img_size} {self.short}".encode())
-        if isinstance(self.items, np.ndarray):
+        digest.update(self.labels.numpy())
+        if self._in_memory():
             digest.update(np.ascontiguousarray(self.items))
         else:
             for path in self.items:
                 stat = path.stat()
-                digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        key = digest.hexdigest()
+                digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def check(self, workers: int = 4) -> None:
+        """Decode every file once, before a training is spent on them; DataError for the first that is damaged. That
+        they are whole is remembered beside the cache."""
+        mark = self.checked
+        if self._in_memory() or (mark and mark.is_file() and mark.read_text() == self.fingerprint()):
+            return
+        for _ in self._bar(self._load(range(len(self)), 50, workers, self._try), "checking"):
+            pass
+        if mark:
+            with contextlib.suppress(OSError):
+                mark.parent.mkdir(exist_ok=True)
+                mark.write_text(self.fingerprint())
+
+    def _try(self, indexes: list[int]) -> None:
+        for i in indexes:
+            self._open(i)
+
+    def _cached(self, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` returns, from the cache file if that is whole and of these very images, else made and written."""
+        if self.cache is None:
+            return make()
+        key = self.fingerprint()
         try:
             with safe_open(self.cache, "pt") as file:
                 if file.metadata()["key"] == key:
@@ -316,34 +350,36 @@ def load(
         raise ValueError(f"split is trainval or train and source one of {SOURCES}, not {split!r}, {source!r}")
     halves = [["train"], ["val"]] if split == "train" else [["train", "val"], ["test"]]
     read = {"vtab-1k": _vtab_1k, "fgvc": _fgvc}.get(task.benchmark, _arrays)
-    about, found = read(task, root, halves, source, download)
-    counts = []
+    origin, about, found = read(task, root, halves, source, download)
+    names = [str(path) for items, _ in found if isinstance(items, list) for path in items]
+    notes, declared = [], root / task.benchmark / task.name / "SUBSET"
     for parts, (_, labels) in zip(halves, found, strict=True):
         count, role = _count(task, parts), parts[0]
         if not 0 < len(labels) <= count:
             raise DataError(f"{task.name}: {len(labels)} {role} images, where {task.benchmark} has {count}")
         if not 0 <= min(labels) <= max(labels) < task.classes:
             raise DataError(f"{task.name}: {role} labels {min(labels)} to {max(labels)}, not in 0..{task.classes - 1}")
-        counts.append(f"{len(labels)} {role}" if len(labels) == count else f"{len(labels)} of {count} {role} (subset)")
-    origin, declared = about.split()[0].strip(",").removesuffix("s"), root / task.benchmark / task.name / "SUBSET"
-    about = f"{about}, {' / '.join(counts)}"
+        notes.append(f"{len(labels)} {role}" if len(labels) == count else f"{len(labels)} of {count} {role} (subset)")
+    about, official = f"{about}, {' / '.join(notes)}", "subset" not in " ".join(notes)
+    if len(set(names)) < len(names):
+        about, official = f"{about}; {len(names) - len(set(names))} images are repeated", False
     if origin == "prepared" and declared.exists():
-        about += f"; SUBSET: {' '.join(declared.read_text().split())}"
-    benchmark = f"not {task.benchmark}" if "subset" in about.lower() else task.benchmark
-    cache = None
-    if task.benchmark in ("vtab-1k", "fgvc"):
-        cache = root / "cache" / f"{task.name}-{origin}-{split}-{img_size}.safetensors"
-    same = {"about": about, "source": origin, "benchmark": benchmark, "crop": task.benchmark == "fgvc"}
+        about, official = f"{about}; SUBSET: {' '.join(declared.read_text().split())}", False
+    same = {"about": about, "source": origin, "benchmark": task.benchmark if official else f"not {task.benchmark}"}
+    same["crop"] = task.benchmark == "fgvc"
+    keep, stem = task.benchmark in SUITES.values(), f"{task.name}-{origin}-{split}-{img_size}"
+    cache, checked = (root / "cache" / f"{stem}.{end}" if keep else None for end in ("safetensors", "ok"))
     (train, train_labels), (test, test_labels) = found
-    return Images(train, train_labels, img_size, cache=cache, **same), Images(test, test_labels, img_size, **same)
+    train = Images(train, train_labels, img_size, cache=cache, **same)
+    return train, Images(test, test_labels, img_size, checked=checked, **same)
 
 
 def _count(task: Task, parts: list[str]) -> int:
     return sum(size for part, size in zip(LISTS, task.sizes, strict=True) if part in parts)
 
 
-# Readers: (task, root, parts of train and of test, source, download) -> where from, [(items, labels) of train, of test]
-Found = tuple[str, list[tuple["list[Path] | np.ndarray", Iterable[int]]]]
+# Readers: (task, root, parts of train and of test, source, download) -> source, what it is, [(items, labels) of both]
+Found = tuple[str, str, list[tuple["list[Path] | np.ndarray", Iterable[int]]]]
 
 
 def _vtab_1k(task: Task, root: Path, halves: list[list[str]], source: str, download: bool) -> Found:
@@ -354,7 +390,7 @@ def _vtab_1k(task: Task, root: Path, halves: list[list[str]], source: str, downl
     if source != "prepared" and task.name in ORIGINALS:
         try:
             found = official(task.name, root, halves, task.sizes, download)
-            return f"originals, {_encoding(task, found)}", found
+            return "original", f"originals, {_encoding(task, found)}", found
         except Missing as error:
             if source == "original" or not folder.is_dir():
                 raise Missing(f"{error}; or {archive}") from None
@@ -378,7 +414,7 @@ def _vtab_1k(task: Task, root: Path, halves: list[list[str]], source: str, downl
         if not 0 < len(paths) <= count or (len(paths) < count and parts != ["test"]):
             raise DataError(f"{listing} has {len(paths)} images, VTAB-1k's {task.name} has {count}")
         found.append((paths, labels))
-    return f"prepared folder, {'+'.join(sorted(formats))} images", found
+    return "prepared", f"prepared folder, {'+'.join(sorted(formats))} images", found
 
 
 def _encoding(task: Task, found: list[tuple]) -> str:
@@ -393,25 +429,30 @@ def _fgvc(task: Task, root: Path, halves: list[list[str]], source: str, download
     """VPT's layout: train.json, val.json, test.json; class ids of all three, sorted, become 0..C-1."""
     names = (task.name, *task.aliases)
     folders = [path for path in (root / "fgvc").glob("*/") if path.name.lower().replace("-", "_") in names]
-    if not folders and task.name == "oxford_flowers":
-        splits = originals("oxford_flowers102", root, download)
+    by_hand = (
+        f"put the images of {task.origin} into {root / 'fgvc' / task.name} and, beside them, train.json, val.json and "
+        f"test.json, which VPT's repository links to (github.com/KMnP/vpt)"
+    )
+    if not folders and task.name == "oxford_flowers" and source != "prepared":
+        try:
+            splits = originals("oxford_flowers102", root, download)
+        except Missing as error:
+            raise Missing(f"{error}; or {by_hand}") from None
         cut = {part: splits[name] for part, name in (("train", "train"), ("val", "validation"), ("test", "test"))}
         lists = {part: (take(range(len(keys))), labels.tolist()) for part, (keys, labels, take) in cut.items()}
         found = [tuple(sum((lists[part][i] for part in parts), []) for i in (0, 1)) for parts in halves]
-        return f"originals, {_encoding(task, found)}", found
+        return "original", f"originals, {_encoding(task, found)}", found
     if not folders:
-        raise Missing(
-            f"{task.name}: no folder {root / 'fgvc' / task.name}: put the images of {task.origin} there and, beside "
-            f"them, train.json, val.json and test.json, which VPT's repository links to (github.com/KMnP/vpt)"
-        )
+        raise Missing(f"{task.name}: no folder {root / 'fgvc' / task.name}: {by_hand}")
     folder, lists, formats = folders[0], {}, set()
     for part in LISTS:
         listing = folder / f"{part}.json"
         try:
-            lists[part] = json.loads(listing.read_text(encoding="utf-8"))
-            assert lists[part] and all(type(label) is int for label in lists[part].values())
-        except (OSError, ValueError, AttributeError, AssertionError) as error:
-            raise DataError(f"{listing} is no list like {{'<image>': <class>}}: {error}; get it again") from None
+            lists[part] = json.loads(listing.read_text(encoding="utf-8-sig"))
+            if not lists[part] or not all(type(label) is int for label in lists[part].values()):
+                raise ValueError("a class is no integer, or the list is empty")
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(f"{listing} is no list like {{'<image>': <class>}} ({error}): get it again") from None
     ids = sorted({label for labels in lists.values() for label in labels.values()})
     if len(ids) > task.classes:
         raise DataError(f"{folder}: the lists have {len(ids)} classes, {task.name} has {task.classes}")
@@ -424,7 +465,7 @@ def _fgvc(task: Task, root: Path, halves: list[list[str]], source: str, download
             paths.append(next((path for path in places if path.exists()), places[-1]))
             formats.add(image_format(paths[-1], where))
         found.append((paths, [ids.index(label) for _, _, label in items]))
-    return f"lists of VPT, {'+'.join(sorted(formats))} images", found
+    return "lists", f"lists of VPT, {'+'.join(sorted(formats))} images", found
 
 
 def _arrays(task: Task, root: Path, halves: list[list[str]], source: str, download: bool) -> Found:
@@ -442,7 +483,7 @@ def _arrays(task: Task, root: Path, halves: list[list[str]], source: str, downlo
         images, labels = (np.concatenate([getattr(p, name) for p in parts]) for name in ("data", "targets"))
     cut = _count(task, halves[0])
     stop = cut + _count(task, halves[1])
-    return task.origin, [(images[part], labels[part]) for part in (slice(cut), slice(cut, stop))]
+    return "embedded", task.origin, [(images[part], labels[part]) for part in (slice(cut), slice(cut, stop))]
 
 
 def normalizer(mean: tuple, std: tuple, device: torch.device | str) -> Callable[[Tensor], Tensor]:

@@ -28,6 +28,13 @@ from torch import Tensor, nn
 import data
 import model as models
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+AMP = ["auto", "bf16", "fp16", "off"]
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a wrong command in one line on stderr, with exit code 2."""
@@ -68,13 +75,35 @@ def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def resolve_amp(name: str, device: torch.device) -> str:
+    """`auto` is bf16 on a CUDA device that computes in it, else off."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return name if name != "auto" else "bf16" if native else "off"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision: products in bf16 or fp16, the rest in float32; "off" is float32 throughout."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "off")
+
+
+def peak_memory_mb(device: torch.device) -> int | None:
+    """Highest memory use in MiB: allocated on a CUDA device, else of the whole process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, KiB on Linux
+
+
 def predict(
-    model: nn.Module, images: data.Images, normalize: Callable[[Tensor], Tensor], bf16: bool = False, workers: int = 4
+    model: nn.Module, images: data.Images, normalize: Callable[[Tensor], Tensor], amp: str = "off", workers: int = 4
 ) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) in float32 and labels (N,), on the CPU, in eval mode; every module's mode is restored."""
     device = next(model.parameters()).device
     logits, labels = [], []
-    with models.eval_mode(model), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with models.eval_mode(model), torch.inference_mode(), autocast(device, amp):
         for batch, batch_labels in images.batches(256, workers):
             logits.append(model(normalize(batch)).float())  # (B, classes)
             labels.append(batch_labels)
@@ -101,19 +130,25 @@ PUBLISHED = [
     ("full fine-tuning (from VPT)", 68.96, 65.57, 88.54, "lr and weight decay searched per task on val200, 100 epochs"),
 ]
 PROTOCOL = "here: the last epoch's weights, scored once; mean ± standard deviation over seeds (their number)"
-NOT_SETTINGS = {"dataset", "seed", "seeds", "data_dir", "device", "workers", "out", "resume", "val"}
+NOT_SETTINGS = {"dataset", "seed", "seeds", "val", "data_dir", "source", "checkpoint"}
+NOT_SETTINGS |= {"device", "workers", "out", "resume"}
 
 
 def collect(*folders: str | os.PathLike) -> list[dict]:
-    """The finished runs in folders, oldest first: {"arguments": ..., "metrics": ...}; one that is damaged is named."""
+    """The finished runs in folders, oldest first: {"arguments": ..., "metrics": ...}; damaged ones are named and left
+    out."""
     runs, files = [], [path for folder in folders for path in Path(folder).rglob("metrics.json")]
     for file in sorted(files, key=lambda path: path.stat().st_mtime):
         try:
             config, metrics = (json.loads(f.read_text()) for f in (file.with_name("config.json"), file))
-            runs.append({"arguments": config["arguments"], "metrics": metrics})
-            metrics["dataset"], metrics["benchmark"], metrics["seed"], metrics["data"]  # noqa: B018
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise models.ModelError(f"{file.parent} is damaged ({error!r}): remove it or run it again") from None
+            arguments = config["arguments"]
+            top1 = float(metrics["val_top1" if arguments["val"] else "test_top1"])
+            task = data.TASKS[metrics["dataset"]]
+            if not {"benchmark", "seed", "data", "model"} <= set(metrics) or "method" not in arguments:
+                raise ValueError("it lacks what a result holds")
+            runs.append({"arguments": arguments, "metrics": metrics, "task": task, "top1": top1})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            print(f"{file.parent} is damaged and left out: remove it or run it again ({error})", file=sys.stderr)
     return runs
 
 
@@ -126,10 +161,11 @@ def records(runs: list[dict]) -> list[dict]:
     tables: dict[tuple, dict] = {}
     for run in runs:
         metrics, arguments = run["metrics"], run["arguments"]
-        split = "val" if arguments["val"] else "test"
         settings = {key: value for key, value in arguments.items() if key not in NOT_SETTINGS}
-        place = (data.TASKS[metrics["dataset"]].benchmark, split, json.dumps(settings, sort_keys=True))
-        tables.setdefault(place, {}).setdefault(metrics["dataset"], {})[metrics["seed"]] = metrics
+        settings["model"] = metrics["model"]  # with its weights
+        split = "val" if arguments["val"] else "test"
+        place = (run["task"].benchmark, split, json.dumps(settings, sort_keys=True))
+        tables.setdefault(place, {}).setdefault(run["task"].name, {})[metrics["seed"]] = metrics
     rows = []
     for (benchmark, split, settings), found in tables.items():
         rivals = [json.loads(other) for name, part, other in tables if (name, part) == (benchmark, split)]
@@ -158,22 +194,25 @@ def records(runs: list[dict]) -> list[dict]:
             for name, parts in (means | {"mean of tasks": [[task.name for task in tasks]]}).items():
                 there = [[official[task] for task in part if task in official] for part in parts]
                 count, of = sum(map(len, there)), sum(map(len, parts))
-                row = {"group": "mean", "task": name, "official": count == of, "data": "", "tasks": count, "of": of}
-                rows.append(same | row | (_over_seeds(*there) if all(there) else _over_seeds([{}])))
+                alike = len({tuple(sorted(scores)) for group in there for scores in group}) == 1
+                row = {"group": "mean", "task": name, "official": count == of and alike, "data": ""}
+                row |= _over_seeds(*there) if all(there) else _over_seeds([{}])
+                rows.append(same | row | {"tasks": count, "of": of})
     return rows
 
 
 def _over_seeds(*groups: list[dict[int, float]]) -> dict:
-    """Mean over groups of the mean over tasks: its mean and sample standard deviation over the seeds all tasks have."""
+    """Mean over groups of the mean over tasks: its mean and sample standard deviation over seeds, if all tasks have the
+    same; else the mean of the tasks' means, without a deviation."""
     tasks = [scores for group in groups for scores in group]
-    seeds = sorted(set.intersection(*map(set, tasks)))
-    if not seeds:  # none, or not one in common
-        means = [[statistics.mean(scores.values()) for scores in group if scores] for group in groups]
-        value = statistics.mean(map(statistics.mean, means)) if all(means) else None
-        return {"top1": value and round(value, 2), "std": None, "seeds": 0}
+    seeds = sorted(tasks[0])
+    if not all(tasks):
+        return {"top1": None, "std": None, "seeds": 0}
+    if any(sorted(scores) != seeds for scores in tasks):
+        groups, seeds = [[{0: statistics.mean(scores.values())} for scores in group] for group in groups], [0]
     values = [statistics.mean(statistics.mean(scores[seed] for scores in group) for group in groups) for seed in seeds]
     std = round(statistics.stdev(values), 2) if len(values) > 1 else None
-    return {"top1": round(statistics.mean(values), 2), "std": std, "seeds": len(values)}
+    return {"top1": round(statistics.mean(values), 2), "std": std, "seeds": min(map(len, tasks))}
 
 
 def tabulate(runs: list[dict], form: str = "markdown") -> str:
@@ -211,6 +250,7 @@ def tabulate(runs: list[dict], form: str = "markdown") -> str:
         for row in here:
             if row["task"] == "mean of tasks" and not row["official"]:
                 there = f"{row['tasks']} of {row['of']} tasks with official data"
+                there += ", of unequal seeds" if row["tasks"] == row["of"] else ""
                 parts.append(f"PARTIAL, no {benchmark} result: {row['configuration']} has {there}.")
         parts.append(draw(lines))
         if any("*" in cell for line in lines for cell in line):
@@ -231,7 +271,8 @@ def summarize(results: list[dict], name: str) -> dict:
     top1 = next(key for key in results[0] if key.endswith("_top1"))
     rows = {row["task"]: row for row in records(collect(*(result["run"] for result in results)))}
     row = rows[{"vtab": "mean of groups", "fgvc": "mean of tasks"}.get(name, name)]
-    whole = row["tasks"] == row["of"]
+    seeds = sorted({result["seed"] for result in results})
+    whole = row["seeds"] == len(seeds) and (row["official"] or name not in data.SUITES)
     summary = {key: value for key, value in results[0].items() if all(r.get(key) == value for r in results)}
     lists = {key: [result[key] for result in results] for key in ("trainable_parameters", "head_parameters", "run")}
     return (
@@ -239,7 +280,7 @@ def summarize(results: list[dict], name: str) -> dict:
         | summary
         | {
             "dataset": name,
-            "seed": sorted({result["seed"] for result in results}),
+            "seed": seeds,
             top1: row["top1"] if whole else None,
             f"{top1}_std": row["std"] if whole else None,
             "train_seconds": round(sum(result["train_seconds"] for result in results), 1),
@@ -251,7 +292,7 @@ def summarize(results: list[dict], name: str) -> dict:
 def _cell(row: dict) -> str:
     if row["top1"] is None:
         return "-"
-    text = f"{row['top1']:.2f}" + (f" ± {row['std']:.2f} ({row['seeds']})" if row["std"] is not None else "")
+    text = f"{row['top1']:.2f}" + (f" ± {row['std']:.2f}" if row["std"] is not None else "") + f" ({row['seeds']})"
     if row["group"] == "mean":
         return text if row["official"] else f"{text} [{row['tasks']} of {row['of']} tasks]"
     return text if row["official"] else f"{text} *"
@@ -279,7 +320,8 @@ def main() -> None:
     parser.add_argument("--data-dir", help="where the data are now (default: where they were in training)")
     parser.add_argument("--checkpoint", help="where the backbone's file is now (default: where it was in training)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: the fastest")
-    parser.add_argument("--workers", type=int, default=4, help="processes that decode images (default: 4; 0: none)")
+    flag = parser.add_argument("--workers", type=int, default=4, choices=range(1000), metavar="N")
+    flag.help = "processes that decode images (default: 4; 0: none)"
     args = parser.parse_args()
     try:
         if args.run.is_dir() and not (args.run / "config.json").exists():
@@ -324,7 +366,7 @@ def check(args: argparse.Namespace) -> bool:
         print(f"reported  top-1 {metrics[f'{split}_top1']:.2f} %   loss {metrics[f'{split}_loss']:.6f}")
     logits = []
     for name, net in (("unmerged", model), ("merged", models.merge(model))):
-        output, labels = predict(net, images, normalize, config["bf16"], args.workers)
+        output, labels = predict(net, images, normalize, config["amp"], args.workers)
         scores = score(output, labels)
         print(f"{name:9} top-1 {scores['top1']:.2f} %   loss {scores['loss']:.6f}")
         logits.append(output)

@@ -332,22 +332,24 @@ def originals(name: str, root: Path, download: bool = True) -> Splits:
             raise Missing(f"{name}: {by_hand}")
         try:
             _fetch(name, original, root)
+        except DataError:
+            raise
         except FAILURES as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise Missing(f"{name}: the download failed ({reason[0]}) and there is {by_hand}") from error
+    where = f"{name}: the originals at {find(root, original.place[0])}"
     try:
         parts = original.read(root)
     except DataError:
         raise
-    except (*FAILURES, ValueError, KeyError, IndexError, TypeError) as error:
-        raise DataError(f"{name}: the originals at {find(root, original.place[0])} are damaged ({error})") from error
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        reason = str(error).split(". ")[0].splitlines() or [type(error).__name__]
+        raise DataError(f"{where} are damaged ({reason[0]}): get them again ({original.get})") from error
     for split, count in original.counts.items():
-        keys = parts[split][0]
-        if len(keys) != count or len(set(keys)) != count:
-            raise DataError(
-                f"{name}: the originals at {find(root, original.place[0])} have {len(set(keys))} {split} images, not "
-                f"{count}: remove them and get them again ({original.get})"
-            )
+        keys, labels, _ = parts[split]
+        if not len(keys) == len(set(keys)) == len(labels) == count:
+            found = f"{len(set(keys))} {split} images and {len(labels)} labels, not {count}"
+            raise DataError(f"{where} have {found}: remove them and get them again ({original.get})")
     return parts
 
 
@@ -375,7 +377,9 @@ def official(
 
 def _fetch(name: str, original: Original, root: Path) -> None:
     """Download into a folder of its own and move what is complete: what lies in <root> has been unpacked to the end."""
-    staging = root / f".{name}.partial"
+    staging, top = root / f".{name}.partial", root / original.place[0].split("/")[0]
+    if top.is_dir():
+        raise DataError(f"{name}: {top} is not complete: remove it, or complete it by hand from {original.get}")
     _sweep(staging)
     print(f"{name}: downloading {original.get} into {root}", flush=True)
     patience = socket.getdefaulttimeout()
@@ -410,7 +414,7 @@ def find(root: Path, pattern: str, depth: int = 4) -> Path | None:
 def lines(listing: Path) -> list[tuple[str, str]]:
     """("<file>, line <n>", line) of each line of a list that is not blank; DataError if there is no such list."""
     try:
-        text = listing.read_text(encoding="utf-8")
+        text = listing.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"no list {listing} ({error}): the folder is damaged, unpack it again") from None
     return [(f"{listing}, line {n}", line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]

@@ -32,13 +32,21 @@ from tqdm import tqdm
 
 import data
 import model as models
-from eval import Parser, collect, evaluate, pick_device, provenance, sha256, summarize, tabulate
+from eval import (
+    AMP,
+    Parser,
+    autocast,
+    collect,
+    evaluate,
+    peak_memory_mb,
+    pick_device,
+    provenance,
+    resolve_amp,
+    sha256,
+    summarize,
+    tabulate,
+)
 from mlae import PATTERNS, mask_rates, set_mask_prob
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 # Flags left out take these. vtab-1k and fgvc: the field's common recipe (AdapterPlus) on the MLAE paper's backbone.
 RECIPE = {"model": "vit_base_patch16_224.orig_in21k", "epochs": 100, "lr": 1e-3, "drop_path": 0.1}
@@ -79,14 +87,15 @@ def run(args: argparse.Namespace) -> dict:
     short = args.model.replace("/", "_").replace(":", "_")
     folder = Path(args.out, args.dataset, f"{args.method}-{short}-seed{args.seed}{'-val' * args.val}-{digest}")
     metrics_file, state_file = folder / "metrics.json", folder / "state.pt"
-    if args.resume and metrics_file.exists():
+    metrics = finished(metrics_file) if args.resume else None
+    if metrics and not metrics["benchmark"].startswith("not "):  # a subset may have become whole
         print(f"finished: {folder} (remove it to run it again)")
-        return json.loads(metrics_file.read_text())
+        return metrics
 
     # seed and device
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    bf16 = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    amp = resolve_amp(args.amp, device)
 
     # data
     load = {
@@ -99,6 +108,10 @@ def run(args: argparse.Namespace) -> dict:
     train, test = data.load(**load)
     if train.source in data.SOURCES:
         load["source"] = train.source  # what eval.py is to read, whatever is there by then
+    if metrics and metrics["data"] == test.about:
+        print(f"finished: {folder} (remove it to run it again)")
+        return metrics
+    test.check(args.workers)
 
     # model
     same = ("method", "img_size", "drop_path", "rank", "mask_prob", "masking", "targets", "coef_init")
@@ -114,6 +127,11 @@ def run(args: argparse.Namespace) -> dict:
     mean, std = data.NORMALIZE.get(args.normalize) or (cfg["mean"], cfg["std"])
     normalize = data.normalizer(mean, std, device)
     num_layers = len(models.experts(model))
+    if args.grad_checkpoint:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):
+            raise models.ModelError(f"--grad-checkpoint: {args.model} cannot recompute its blocks") from None
     augment = data.TASKS[args.dataset].benchmark == "fgvc"
     if augment:
         train.hold(args.workers)
@@ -127,6 +145,7 @@ def run(args: argparse.Namespace) -> dict:
         if parameter.requires_grad:
             groups[parameter.ndim < 2 or name in exempt]["params"].append(parameter)
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")  # keeps small gradients above fp16's smallest
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     steps, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
 
@@ -142,7 +161,7 @@ def run(args: argparse.Namespace) -> dict:
         "create": create,
         "mean": mean,
         "std": std,
-        "bf16": bf16,
+        "amp": amp,
         "weights": provenance(model, create["checkpoint"], create["pretrained"]),
         "data": test.about,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
@@ -159,10 +178,10 @@ def run(args: argparse.Namespace) -> dict:
     # training
     if args.compile:
         torch.compiler.reset()  # else the models of earlier runs count towards its limit of recompilations
-    net = torch.compile(model) if args.compile else model
-    epoch, rows, seconds = 0, [], 0.0
+    net = torch.compile(model, dynamic=True) if args.compile else model  # one graph for every p and batch size
+    epoch, rows, seconds, fingerprint = 0, [], 0.0, train.fingerprint()
     if args.resume and state_file.exists():
-        epoch, rows, seconds = restore(state_file, model, optimizer)
+        epoch, rows, seconds = restore(state_file, model, optimizer, fingerprint) or (0, [], 0.0)
         print(f"resumed after epoch {epoch} of {folder}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -187,15 +206,20 @@ def run(args: argparse.Namespace) -> dict:
             lr = learning_rate(epoch * steps_per_epoch + i, steps, warmup, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = net(normalize(x))  # (B, classes)
-            y = y.to(device)
-            loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss_sum = loss_sum + loss.detach() * len(y)
-            correct = correct + (logits.detach().argmax(1) == y).sum()
+            for part, wanted in zip(x.chunk(args.accumulate), y.to(device).chunk(args.accumulate), strict=True):
+                with autocast(device, amp):
+                    logits = net(normalize(part))  # (B / accumulate, classes)
+                loss = F.cross_entropy(logits.float(), wanted, label_smoothing=args.label_smoothing)
+                scaler.scale(loss * (len(part) / len(x))).backward()
+                loss_sum = loss_sum + loss.detach() * len(part)
+                correct = correct + (logits.detach().argmax(1) == wanted).sum()
+            if args.grad_checkpoint and any(p.grad is None for group in groups for p in group["params"]):
+                raise models.ModelError(
+                    f"--grad-checkpoint: timm {timm.__version__} loses gradients; pip install -U timm"
+                )
+            scaler.step(optimizer)
+            scaler.update()
             if bar.update():  # it shows something new, some ten times a second at most: time to ask the device
                 bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}", refresh=False)
         mean_loss, train_top1 = loss_sum.item() / len(train), 100 * correct.item() / len(train)
@@ -205,12 +229,12 @@ def run(args: argparse.Namespace) -> dict:
         rows.append([epoch + 1, lr, p, round(mean_loss, 6), round(train_top1, 2), round(seconds, 2)])
         with open(folder / "log.csv", "w", newline="") as file:
             csv.writer(file).writerows([["epoch", "lr", "mask_prob", "loss", "train_top1", "seconds"], *rows])
-        save_state(state_file, model, optimizer, epoch + 1, rows, seconds)
+        save_state(state_file, model, optimizer, fingerprint, epoch + 1, rows, seconds)
     bar.close()
     models.save_adapter(model, folder / "adapter.safetensors", config)
 
     # the one evaluation, with the last weights
-    scores = evaluate(model, test, normalize, bf16=bf16, workers=args.workers)
+    scores = evaluate(model, test, normalize, amp=amp, workers=args.workers)
     split = "val" if args.val else "test"
     metrics = {
         "dataset": args.dataset,
@@ -227,47 +251,51 @@ def run(args: argparse.Namespace) -> dict:
         "peak_memory_mb": peak_memory_mb(device),
         "run": str(folder),
     }
-    metrics_file.write_text(json.dumps(metrics))
+    metrics_file.with_suffix(".tmp").write_text(json.dumps(metrics))
+    os.replace(metrics_file.with_suffix(".tmp"), metrics_file)
     state_file.unlink()
     return metrics
 
 
-def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *progress) -> None:
+def finished(metrics_file: Path) -> dict | None:
+    """The result of a finished run; None if there is none that can be read."""
+    try:
+        metrics = json.loads(metrics_file.read_text())
+        return metrics if {"benchmark", "data"} <= set(metrics) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: str, *progress) -> None:
     """All that `restore` needs to go on as if nothing had happened; written whole or not at all."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     state = {
         "model": models.adapter_state(model),
         "optimizer": optimizer.state_dict(),
         "rng": [torch.get_rng_state(), cuda],
+        "data": data,
         "progress": progress,
     }
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
-    """Load what `save_state` wrote; returns its progress: epochs done, log rows, seconds."""
+def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: str) -> tuple | None:
+    """Load what `save_state` wrote; returns its progress: epochs done, log rows, seconds. None if the data changed."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        weights, steps, (cpu, cuda), progress = (state[key] for key in ("model", "optimizer", "rng", "progress"))
     except Exception as error:  # whatever a damaged file makes torch raise
-        raise models.ModelError(f"cannot read {path}: leave out --resume to start anew") from error
-    model.load_state_dict(state["model"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    cpu, cuda = state["rng"]
+        raise models.ModelError(f"cannot read {path}: remove it to start anew") from error
+    if state.get("data") != data:
+        print(f"the training images are not those of {path}: starting anew")
+        return None
+    model.load_state_dict(weights, strict=False)
+    optimizer.load_state_dict(steps)
     torch.set_rng_state(cpu)
     if cuda:
         torch.cuda.set_rng_state_all(cuda)
-    return state["progress"]
-
-
-def peak_memory_mb(device: torch.device) -> int | None:
-    """Highest memory use in MiB: allocated on a CUDA device, else of the whole process; None where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() >> 20
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, KiB on Linux
+    return progress
 
 
 def git_hash() -> str | None:
@@ -278,7 +306,6 @@ def git_hash() -> str | None:
         return None  # not a clone
 
 
-SUITES = {"vtab": "vtab-1k", "fgvc": "fgvc"}
 HELP = {
     "dataset": "a task of data.py's table, or vtab or fgvc, all of theirs (default: digits, the embedded demo)",
     "source": "of vtab-1k: the prepared folder, the originals, or auto: originals unless they cannot be had",
@@ -338,18 +365,20 @@ def main(argv: list[str] | None = None) -> None:
     flag("--seed", type=WHOLE, default=0, help="of head, experts, masks, order, drop-path, crops (default: 0)")
     flag("--seeds", type=WHOLE, nargs="+", metavar="SEED", help="one run each, then mean and standard deviation")
     flag("--val", action="store_true", help="train on 800, score val200, leave the test set alone: to choose settings")
-    flag("--amp", choices=["auto", "bf16", "off"], default="auto", help="bf16 autocast (default: where CUDA has it)")
+    flag("--amp", choices=AMP, default="auto", help="mixed precision (default: bf16 where CUDA has it)")
     flag("--compile", action="store_true", help="torch.compile (default: off; compiling takes longer than the demo)")
+    flag("--grad-checkpoint", action="store_true", help="recompute blocks backwards: less memory, more time")
+    flag("--accumulate", type=COUNT, default=1, help="parts of a batch, one mask each (default: 1, as published)")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto, the fastest here")
     flag("--workers", type=WHOLE, default=4, help="processes that decode images (default: 4; 0: none)")
     flag("--out", default="runs", help="where run folders go (default: runs)")
     flag("--resume", action="store_true", help="go on after the last whole epoch of the same run")
     args = parser.parse_args(argv)
-    name = args.dataset
+    name = {"vtab_1k": "vtab", "vtab1k": "vtab"}.get(key := args.dataset.lower().replace("-", "_"), key)
+    suite = data.SUITES.get(name)
+    args.resume |= bool(suite)  # a suite goes on where it stopped
     try:
-        suite = SUITES.get(name)
         tasks = [task for task in data.TASKS.values() if task.benchmark == suite] if suite else [data.find_task(name)]
-        args.resume |= bool(suite)  # a suite goes on where it stopped
         results, missing = [], {}
         for task in tasks:
             for number in args.seeds or [args.seed]:
@@ -359,24 +388,24 @@ def main(argv: list[str] | None = None) -> None:
                 except (data.DataError, Diverged) as error:
                     if not suite:
                         raise
-                    missing[task.name] = error
+                    missing[f"{task.name}, seed {number}" if isinstance(error, Diverged) else task.name] = error
                     print(f"{task.name}: left out, see the end")
-                    break
+                    if isinstance(error, data.DataError):
+                        break
+        report = [f"left out: {len(missing)} of {len(tasks)} tasks"] if missing else []
+        report += [f"- {task}: {str(error).removeprefix(f'{task}: ')}" for task, error in missing.items()]
+        if not results:
+            print(*report, sep="\n", file=sys.stderr)
+            parser.error(f"--dataset {name}: not one of its {len(tasks)} tasks could run; see above")
+        if suite:
+            print(tabulate(collect(*(result["run"] for result in results))), *report, sep="\n")
+        if suite or len(results) > 1:
+            print(json.dumps(summarize(results, name if suite else tasks[0].name)))
     except (data.DataError, models.ModelError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print("interrupted: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
         sys.exit(130)
-    if suite and results:
-        print(tabulate(collect(*(result["run"] for result in results))))
-    if missing:
-        print(f"\nleft out: {len(missing)} of {len(tasks)} tasks", file=sys.stdout if results else sys.stderr)
-        for task, error in missing.items():
-            print(f"- {task}: {str(error).removeprefix(f'{task}: ')}", file=sys.stdout if results else sys.stderr)
-    if not results:
-        parser.error(f"--dataset {name}: not one of its {len(tasks)} tasks could run; see above")
-    if suite or len(results) > 1:
-        print(json.dumps(summarize(results, name if suite else tasks[0].name)))
 
 
 def settle(parser: Parser, args: argparse.Namespace, task: data.Task, number: int) -> argparse.Namespace:

@@ -63,7 +63,7 @@ def test_names_and_aliases():
     assert data.find_task("flowers102").name == "oxford_flowers102"
     with pytest.raises(DataError, match="unknown dataset 'cifra': did you mean 'cifar'"):
         data.find_task("cifra")
-    with pytest.raises(DataError, match="unknown dataset 'zzz': the tasks are cifar, caltech101"):
+    with pytest.raises(DataError, match="unknown dataset 'zzz': there are vtab, fgvc, cifar, caltech101"):
         data.find_task("zzz")
 
 
@@ -96,9 +96,17 @@ def test_the_prepared_folder_only_where_the_originals_cannot_be_had(prepared, ca
     assert train.source == "original" and test.benchmark == "vtab-1k"
 
 
-def test_a_subset_is_never_the_benchmark(prepared):
-    _, test = load("cifar", prepared)
-    assert test.benchmark == "not vtab-1k"
+def test_a_subset_or_a_padded_list_is_never_the_benchmark(prepared, tmp_path):
+    assert load("cifar", prepared)[1].benchmark == "not vtab-1k"
+    root = edited(prepared, tmp_path, "test.txt", lambda lines: lines * 500)
+    _, test = load("cifar", root)
+    assert len(test) == 10_000 and test.benchmark == "not vtab-1k"
+    assert test.about.endswith("1000 train / 10000 test; 9980 images are repeated")
+
+
+def test_a_training_image_in_the_test_list_is_noticed(prepared, tmp_path):
+    root = edited(prepared, tmp_path, "test.txt", lambda lines: [*lines[:-1], "images/val200/000007.png 7"])
+    assert load("cifar", root)[1].about.endswith("; 1 images are repeated")
 
 
 def test_a_declared_subset_is_named(prepared, tmp_path):
@@ -271,6 +279,8 @@ def test_fgvc_is_held_in_memory_at_the_test_size(birds, capsys, monkeypatch):
     for i in (0, 7, 39):
         assert np.array_equal(np.asarray(train._open(i)), np.asarray(short_side(Image.open(train.items[i]), 64)))
     assert torch.equal(torch.cat([x for x, _ in train.batches(8, 0)]), streamed)
+    crops = torch.cat([x for x, _ in train.batches(8, 0, seed="0")])
+    assert torch.equal(crops, torch.cat([x for x, _ in load("cub", birds, img_size=56)[0].batches(8, 0, seed="0")]))
     seen = decodings(monkeypatch)
     again, _ = load("cub", birds, img_size=56)
     again.hold(workers=0)
@@ -303,18 +313,20 @@ def test_damaged_fgvc_lists(birds, part, listing, message):
 
 
 def test_fgvc_sets_that_are_not_there(birds):
-    with pytest.raises(DataError, match=r"nabirds: no folder .*fgvc/nabirds: put the images of NABirds there"):
+    with pytest.raises(DataError, match=r"nabirds: no folder .*fgvc/nabirds: put the images of NABirds into"):
         load("nabirds", birds)
     with pytest.raises(DataError, match="oxford_flowers102: no .*flowers-102/jpg: get it by hand"):
         load("oxford_flowers", birds, download=False)
+    with pytest.raises(DataError, match="oxford_flowers: no folder .*fgvc/oxford_flowers"):
+        load("oxford_flowers", birds, source="prepared")
 
 
 def test_fgvc_flowers_from_the_originals(tmp_path, monkeypatch):
     rng, parts = np.random.default_rng(0), {}
-    Image.new("RGB", (9, 9)).save(tmp_path / "flower.jpg")
     for name, count in (("train", 1020), ("validation", 1020), ("test", 6149)):
         keys, labels = [f"{name}{i}.jpg" for i in range(count)], rng.integers(0, 102, count)
-        parts[name] = keys, labels, lambda rows: [tmp_path / "flower.jpg" for _ in rows]
+        parts[name] = splits._files(tmp_path, keys, labels)
+    monkeypatch.setattr(data, "image_format", lambda path, where: "JPEG")
     monkeypatch.setattr(data, "originals", lambda name, root, download: parts)
     train, test = load("oxford_flowers", tmp_path)
     assert train.about == "originals, JPEG images, 2040 train / 6149 test" and train.benchmark == "fgvc"
@@ -385,6 +397,15 @@ def test_unreadable_images_are_named(prepared, tmp_path):
     _, test = load("cifar", tmp_path)
     with pytest.raises(DataError, match=r"cannot read image .*bad.png"):
         list(test.batches(8))
+    with pytest.raises(DataError, match=r"cannot read image .*bad.png"):
+        test.check()
+    (folder / "bad.png").write_bytes(whole)
+    for seen in ([*range(20)], []):  # the second time it is known
+        now = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data.Images, "_open", lambda self, i, now=now: now.append(i))
+            load("cifar", tmp_path)[1].check(workers=0)
+        assert now == seen
 
 
 def test_digits():

@@ -108,7 +108,7 @@ def test_caltech101_whether_or_not_the_stray_file_is_there(caltech):
 def test_a_missing_original_image_is_noticed(caltech):
     gone = caltech / "caltech101/101_ObjectCategories/wrench/image_0007.jpg"
     gone.unlink()
-    with pytest.raises(DataError, match=r"caltech101: the originals at .* have \d+ test images, not 6085: remove them"):
+    with pytest.raises(DataError, match=r"caltech101: .* have \d+ test images and \d+ labels, not 6085: remove"):
         official("caltech101", caltech, HALVES, (800, 200, 6085))
     gone.touch()
 
@@ -145,6 +145,9 @@ def test_flowers_from_setid(tmp_path):
     savemat(tmp_path / "flowers-102/setid.mat", {**parts, "tstid": np.array([[9000]])})
     with pytest.raises(DataError, match=r"setid.mat: tstid names images outside 1..8189"):
         official("oxford_flowers102", tmp_path, HALVES, (800, 200, 6149))
+    (tmp_path / "flowers-102/setid.mat").write_bytes(b"")
+    with pytest.raises(DataError, match="oxford_flowers102: the originals at .* are damaged"):
+        official("oxford_flowers102", tmp_path, HALVES, (800, 200, 6149))
 
 
 def test_dtd_and_pets_lists(tmp_path):
@@ -168,7 +171,7 @@ def test_dtd_and_pets_lists(tmp_path):
         with pytest.raises(DataError, match=message):
             official("dtd", tmp_path, HALVES, (800, 200, 1880))
     listing.write_text("class01/a.jpg\n")
-    with pytest.raises(DataError, match="have 1 test images, not 1880"):
+    with pytest.raises(DataError, match="have 1 test images and 1 labels, not 1880"):
         official("dtd", tmp_path, HALVES, (800, 200, 1880))
 
     folder = tmp_path / "oxford-iiit-pet"
@@ -391,6 +394,14 @@ def test_a_download_that_breaks_off_leaves_nothing_that_counts(tmp_path, fetch, 
     with pytest.raises(KeyboardInterrupt):
         data.load("dtd", root)
     assert not (root / "dtd").exists()
+
+
+def test_an_incomplete_folder_stands_in_the_way_of_a_download(tmp_path, fetch):
+    (tmp_path / "dtd").mkdir()
+    fetch(None)  # would raise
+    with pytest.raises(DataError, match="dtd: .*/dtd is not complete: remove it, or complete it by hand") as raised:
+        data.load("dtd", tmp_path)
+    assert not isinstance(raised.value, Missing)
 
 
 def test_a_download_without_a_network_leaves_no_folder(tmp_path, fetch):

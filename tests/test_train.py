@@ -93,18 +93,10 @@ def test_several_seeds_are_single_runs_and_their_mean(run):
 def test_resume_goes_on_as_if_nothing_had_happened(run, monkeypatch, at):
     arguments = ["--epochs", 3, "--drop-path", 0.1, "--mask-schedule", "increase"]
     whole = run("--out", "whole", *arguments)
-    save = train.save_state
-
-    def save_and_stop(path, model, optimizer, epoch, *rest):
-        save(path, model, optimizer, epoch, *rest)
-        if epoch == at:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_state", save_and_stop)
+    stop_after(monkeypatch, at)
     with pytest.raises(SystemExit) as stop:
         run("--out", "parts", *arguments)
     assert stop.value.code == 130
-    monkeypatch.setattr(train, "save_state", save)
     torch.manual_seed(123)
     resumed = run("--out", "parts", *arguments, "--resume")
     one, two = (load_file(Path(m["run"], "adapter.safetensors")) for m in (whole, resumed))
@@ -217,9 +209,16 @@ def cifar(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(10):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / "images" / f"{i}.png")
-    for name, count in {"train800": 800, "val200": 200, "train800val200": 1000, "test": 30}.items():
-        (folder / f"{name}.txt").write_text("".join(f"images/{i % 10}.png {i % 10 * 7}\n" for i in range(count)))
+    for i in range(10, 3000):
+        (folder / "images" / f"{i}.png").symlink_to(f"{i % 10}.png")
+    write_lists(folder, 30, 7)
     return folder
+
+
+def write_lists(folder, test, step):
+    cuts = {"train800": (0, 800), "val200": (800, 1000), "train800val200": (0, 1000), "test": (1000, 1000 + test)}
+    for name, cut in cuts.items():
+        (folder / f"{name}.txt").write_text("".join(f"images/{i}.png {i % 10 * step}\n" for i in range(*cut)))
 
 
 def test_a_vtab_task_from_its_prepared_folder(run, cifar):
@@ -233,6 +232,7 @@ def test_a_vtab_task_from_its_prepared_folder(run, cifar):
     ("arguments", "message"),
     [
         (["--dataset", "cifra"], "unknown dataset 'cifra': did you mean 'cifar'?"),
+        (["--dataset", "vtabs"], "unknown dataset 'vtabs': did you mean 'vtab'?"),
         (["--mask-prob", "1"], "argument --mask-prob: must be in [0, 1), not 1"),
         (["--mask-prob", "nan"], "argument --mask-prob: must be in [0, 1), not nan"),
         (["--mask-prob", "half"], "argument --mask-prob: invalid float value: 'half'"),
@@ -245,7 +245,7 @@ def test_a_vtab_task_from_its_prepared_folder(run, cifar):
         (["--dataset", "dtd", "--source", "prepared"], "/data/vtab-1k/dtd: unpack a prepared archive"),
         (["--dataset", "sun397", "--source", "original"], "sun397 has a prepared folder only; use --source prepared"),
         (["--source", "tfds"], "argument --source: invalid choice: 'tfds'"),
-        (["--dataset", "cub"], "/data/fgvc/cub: put the images of CUB-200-2011 there"),
+        (["--dataset", "cub"], "/data/fgvc/cub: put the images of CUB-200-2011 into"),
         (["--workers", "-1"], "argument --workers: must be from 0 to"),
         (["--model", "vit_nanoo"], "timm has no model 'vit_nanoo'"),
         (["--checkpoint", "absent.pth"], "no checkpoint file "),
@@ -290,19 +290,65 @@ def test_damaged_images_stop_the_run_before_it_writes(run, cifar, capsys):
     assert not Path("runs").exists()
 
 
-def test_a_damaged_test_image_is_named_and_the_training_is_kept(run, cifar, capsys):
+def test_a_damaged_test_image_stops_the_run_before_it_trains(run, cifar, capsys):
     whole = (cifar / "images/3.png").read_bytes()
-    (cifar / "last.png").write_bytes(whole[: len(whole) // 2])
-    lines = (cifar / "test.txt").read_text().splitlines()
-    (cifar / "test.txt").write_text("\n".join([*lines[:-1], "last.png 3"]))
+    (cifar / "images/1003.png").unlink()
+    (cifar / "images/1003.png").write_bytes(whole[: len(whole) // 2])  # its header is whole
     arguments = ["--dataset", "cifar", "--model", "vit_nano"]
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
     captured = capsys.readouterr()
-    assert stop.value.code == 2 and "last.png" in captured.err and captured.err.count("\n") == 1
-    (cifar / "last.png").write_bytes(whole)
-    metrics = run(*arguments, "--resume")
-    assert "test_top1" in metrics and len(log(metrics)) == 2
+    assert stop.value.code == 2 and "1003.png" in captured.err and captured.err.count("\n") == 1
+    assert not Path("runs").exists()
+    (cifar / "images/1003.png").write_bytes(whole)
+    assert "test_top1" in run(*arguments)
+
+
+def stop_after(monkeypatch, epochs):
+    save = train.save_state
+
+    def save_and_stop(path, model, optimizer, data, epoch, *rest):
+        save(path, model, optimizer, data, epoch, *rest)
+        if epoch == epochs:
+            monkeypatch.setattr(train, "save_state", save)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_state", save_and_stop)
+
+
+def test_resume_only_on_the_same_images(run, cifar, capsys, monkeypatch):
+    arguments = ["--dataset", "cifar", "--model", "vit_nano", "--resume"]
+    stop_after(monkeypatch, 1)
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    lines = (cifar / "train800val200.txt").read_text().splitlines()
+    lines[:2] = [line[:-2] + " 5" for line in lines[:2]]
+    (cifar / "train800val200.txt").write_text("\n".join(lines))
+    first = run(*arguments)
+    fresh = run(*arguments[:-1], "--out", "fresh")
+    assert first["test_loss"] == fresh["test_loss"]
+    write_lists(cifar, 40, 7)  # the subset grows: its result is no longer this one
+    assert run(*arguments)["data"].startswith("prepared folder, PNG images, 1000 train / 40 of 10000")
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "config.json", "state.pt"])
+def test_damaged_files_of_a_run(run, capsys, monkeypatch, name):
+    if name == "state.pt":
+        stop_after(monkeypatch, 1)
+        with pytest.raises(SystemExit):
+            run()
+        folder = next(Path("runs/digits").iterdir())
+        capsys.readouterr()
+        torch.save({"progress": 1}, folder / name)
+        with pytest.raises(SystemExit) as stop:
+            run("--resume")
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and "state.pt: remove it to start anew" in err
+        return
+    whole = run()
+    Path(whole["run"], name).write_text("{")
+    again = run("--resume")
+    assert again["test_loss"] == whole["test_loss"]
 
 
 def test_resume_takes_only_the_same_checkpoint(run, tmp_path):
@@ -367,8 +413,7 @@ def three(tmp_path, cifar):
         folder = cifar.parent / task
         folder.mkdir()
         (folder / "images").symlink_to(cifar / "images")
-        for name, count in {"train800": 800, "val200": 200, "train800val200": 1000, "test": test}.items():
-            (folder / f"{name}.txt").write_text("".join(f"images/{i % 10}.png {i % 4}\n" for i in range(count)))
+        write_lists(folder, test, 0)
     return tmp_path
 
 
@@ -401,8 +446,8 @@ def test_a_suite_runs_what_is_there_and_lists_the_rest(suite, three, monkeypatch
     assert "PARTIAL, no vtab-1k result: mlae has 2 of 19 tasks" in out and "left out: 16 of 19 tasks" in out
     assert rows["cifar"][0].endswith(" *") and "30 of 10000 test (subset)" in rows["cifar"][1]
     assert "* not a result on vtab-1k" in out
-    assert rows["dtd"][0] == f"{single:.2f}" and rows["svhn"][0] == "-"
-    assert rows["natural"][0] == f"{single:.2f} [1 of 7 tasks]"  # the subset is in no mean
+    assert rows["dtd"][0] == f"{single:.2f} (1)" and rows["svhn"][0] == "-"
+    assert rows["natural"][0] == f"{single:.2f} (1) [1 of 7 tasks]"  # the subset is in no mean
     assert rows["mean of groups"][0] == "-" and rows["MLAE (Wang et al. 2024)"][:3] == ["78.8", "-", "90.9"]
     missing = [line for line in out.splitlines() if line.startswith("- ")]
     assert len(missing) == 16 and all("unpack" in line or "pip install" in line for line in missing)
@@ -450,19 +495,20 @@ def test_training_on_fgvc_crops(run, tmp_path, capsys):
     arguments = ["--dataset", "cub", "--model", "vit_nano", "--drop-path", 0, "--method", "linear", "--batch-size", 8]
     held = run(*arguments)
     assert held["data"] == "lists of VPT, PNG images, 50 of 5994 train (subset) / 10 of 5794 test (subset)"
-    assert held["benchmark"] == "not fgvc" and (tmp_path / "data/cache/cub-list-trainval-14.safetensors").exists()
+    assert held["benchmark"] == "not fgvc" and (tmp_path / "data/cache/cub-lists-trainval-14.safetensors").exists()
     again = run(*arguments, "--out", "again", "--workers", 0)
     assert again["test_loss"] == held["test_loss"]
     assert [row["loss"] for row in log(again)] == [row["loss"] for row in log(held)]
 
 
 def write_run(root, task, seed, top1, benchmark="vtab-1k", val=False, **arguments):
-    folder = Path(root, task, f"{seed}-{val}-{'-'.join(map(str, arguments.values()))}")
+    folder = Path(root, task, f"{seed}-{val}-{'-'.join(map(str, arguments.values())).replace('/', '')}")
     folder.mkdir(parents=True)
     arguments = {"method": "mlae", "dataset": task, "seed": seed, "val": val, "rank": 8} | arguments
     (folder / "config.json").write_text(json.dumps({"arguments": arguments}))
     split = "val" if val else "test"
     metrics = {"dataset": task, "seed": seed, f"{split}_top1": top1, "benchmark": benchmark, "data": "originals"}
+    metrics["model"] = "vit"
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
@@ -497,8 +543,8 @@ def test_the_table_of_all_runs(all_runs, capsys):
     assert rows["caltech101"][1] == "-" and rows["dtd"][1] == "71.00 ± 1.00 (3)" and "vtab-1k, val top-1" in out
     sets = [value for (task, _), value in scores.items() if data.TASKS[task].benchmark == "fgvc"]
     fgvc = table(out[out.index("| fgvc, ") : out.index("| vtab-1k, val")]) | table(out[out.index("| published") :])
-    assert len(sets) == 5 and fgvc["cub"][0] == f"{sets[0]:.2f}"
-    assert fgvc["mean of tasks"][0] == f"{np.mean(sets):.2f}"
+    assert len(sets) == 5 and fgvc["cub"][0] == f"{sets[0]:.2f} (1)"
+    assert fgvc["mean of tasks"][0] == f"{np.mean(sets):.2f} (1)"
     assert out.count("PARTIAL") == 2 and "PARTIAL, no vtab-1k result: mlae rank=4 has 1 of 19 tasks" in out
     assert "best epoch on the test set" in fgvc["LoRA, r = 8 (from NOAH)"]
 
@@ -530,7 +576,23 @@ def test_a_subset_is_marked_and_left_out_of_means(all_runs, capsys):
     write_run(folder.parent / "subset", "dtd", 0, 99.0, "not vtab-1k")
     write_run(folder.parent / "subset", "svhn", 0, 40.0)
     rows = table(tabulated(capsys, folder.parent / "subset")[1])
-    assert rows["dtd"][0] == "99.00 *" and rows["natural"][0] == "40.00 [1 of 7 tasks]"
+    assert rows["dtd"][0] == "99.00 (1) *" and rows["natural"][0] == "40.00 (1) [1 of 7 tasks]"
+
+
+def test_seeds_that_differ_make_no_result(all_runs, capsys):
+    folder, _ = all_runs
+    next(folder.glob("dtd/1-False-")).rename(folder.parent / "aside")
+    out = tabulated(capsys, folder)[1]
+    assert "mlae rank=8 has 19 of 19 tasks with official data, of unequal seeds" in out
+    rows = {row["task"]: row for row in json.loads(tabulated(capsys, folder, "--format", "json")[1])["runs"][:24]}
+    assert not rows["natural"]["official"] and rows["natural"]["std"] is None and rows["structured"]["official"]
+    assert not rows["mean of groups"]["official"] and rows["natural"]["seeds"] == 1
+
+
+def test_the_same_weights_from_two_places_are_one_configuration(tmp_path, capsys):
+    for seed, (checkpoint, source) in enumerate([("/a/x.npz", "auto"), ("/b/x.npz", "prepared")]):
+        write_run(tmp_path / "runs", "svhn", seed, 70.0 + seed, checkpoint=checkpoint, source=source)
+    assert table(tabulated(capsys, tmp_path / "runs")[1])["svhn"][0] == "70.50 ± 0.71 (2)"
 
 
 def test_tables_of_nothing_or_of_damaged_runs(tmp_path, capsys):
@@ -540,4 +602,7 @@ def test_tables_of_nothing_or_of_damaged_runs(tmp_path, capsys):
     write_run(tmp_path / "runs", "dtd", 0, 70.0)
     next((tmp_path / "runs").rglob("metrics.json")).write_text("{")
     code, _, err = score_again(capsys, tmp_path / "runs")
-    assert code == 2 and err.count("\n") == 1 and "is damaged" in err
+    assert code == 2 and err.count("\n") == 2 and "is damaged and left out" in err
+    write_run(tmp_path / "runs", "svhn", 0, 60.0)
+    _, out, err = tabulated(capsys, tmp_path / "runs")
+    assert table(out)["svhn"][0] == "60.00 (1)" and err.count("\n") == 1
