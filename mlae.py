@@ -65,7 +65,7 @@ class _FoldedLinear(torch.autograd.Function):
         g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (N, out), (N, in)
         h, q = x @ A.to(x.dtype).T, g @ B.to(g.dtype)  # (N, r) each
         dA = (q.T @ x) * c[:, None]  # (r, in)
-        dB = (g.T @ h) * c  # (out, r)
+        dB = (h.T @ g).T * c  # (out, r); as g.T @ h it takes more than twice the time on a CPU
         dc = (h.to(c.dtype) * q).sum(0)  # (r,)
         dweight = g.T @ x if need_weight else None  # (out, in), only for a caller who thawed the layer
         dbias = g.sum(0) if need_bias else None  # (out,)

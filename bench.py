@@ -1,0 +1,284 @@
+"""How fast, in how much memory, against whom. Every method takes its turn in every round, so that noise hits all alike.
+
+    python bench.py --model vit_tiny_patch16_224 --batch-size 16                     # 20 rounds on this machine
+    python bench.py --targets attn.qkv attn.proj mlp.fc1 mlp.fc2 --rank 16 --amp bf16
+    python bench.py --sweep rank 1 8 64 --methods floor mlae peft --plot rank.png    # cost as the work grows
+
+A step is train.py's: pick a batch of uint8 images, normalise, forward, backward, AdamW. The methods:
+
+    floor       the frozen backbone with its head and the first block's norm1.bias trained: the forward and the gradient
+                with respect to activations, which every adapter of the first block needs; no other weight gradient
+    mlae        MLAELinear, folded into one product
+    two-branch  the same experts and masks beside the frozen layer
+    peft        LoRA of Hugging Face PEFT
+    loralib     LoRA of microsoft/LoRA
+    full        full fine-tuning
+
+Weights are random; they do not change the time. Times are medians over rounds; ratios are medians of the ratios within
+a round, with their quartiles. Memory is the peak of a process of its own: allocated on CUDA, else resident. The last
+line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+import model as models
+from eval import AMP, Parser, autocast, peak_memory_mb, pick_device, resolve_amp
+
+METHODS = ("floor", "mlae", "two-branch", "peft", "loralib", "full")
+EVALUATIONS = ("plain", "mlae", "merged")
+OTHERS = ("floor", "peft", "eval plain")  # what ratios are over
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16 or fp16, as NVIDIA states
+
+
+class TwoBranch(nn.Module):
+    """MLAE as its equation has it: the frozen layer and the experts beside it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer  # an MLAELinear: its parameters and its masks
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        h = F.linear(x, layer.lora_A)  # (..., r)
+        return F.linear(x, layer.weight, layer.bias) + F.linear(h * layer.coefficients(), layer._full_B())
+
+
+def build(method: str, args: argparse.Namespace) -> nn.Module:
+    """The model of one method on the CPU, with what it trains marked so."""
+    create = {"name": args.model, "num_classes": 100, "pretrained": False, "img_size": args.img_size}
+    create |= {"rank": args.rank, "targets": args.targets}
+    if method in ("floor", "full", "plain"):
+        net = models.create(**create, method="full" if method == "full" else "linear")
+        if method == "floor":
+            dict(net.named_parameters())["blocks.0.norm1.bias"].requires_grad_(True)
+        return net
+    net = models.create(**create, method="mlae", mask_prob=args.mask_prob)
+    if method == "merged":
+        return models.merge(net)
+    layers = models.experts(net)
+    if method == "two-branch":
+        for name, layer in layers.items():
+            net.set_submodule(name, TwoBranch(layer))
+    elif method == "peft":
+        import peft
+
+        config = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(layers))
+        head = models.create(**create, method="linear")
+        net = peft.get_peft_model(head, config)
+        for module in models.heads(head).values():
+            module.requires_grad_(True)
+    elif method == "loralib":
+        import loralib
+
+        net = models.create(**create, method="linear")
+        for name, layer in layers.items():
+            lora = loralib.Linear(layer.in_features, layer.out_features, args.rank, args.rank, merge_weights=False)
+            lora.weight, lora.bias = layer.weight, layer.bias
+            net.set_submodule(name, lora)
+    return net
+
+
+def stepper(method: str, args: argparse.Namespace, device: torch.device, images: Tensor) -> Callable[[], None]:
+    """One training step of a method as train.py makes it, or for "eval <method>" the scoring of one batch."""
+    scoring = method.startswith("eval ")
+    net = build(method.removeprefix("eval "), args).to(device).train(not scoring)
+    if args.grad_checkpoint:
+        net.set_grad_checkpointing(True)
+    run = torch.compile(net, dynamic=True) if args.compile else net
+    normalize, precision = data.normalizer(*data.NORMALIZE["imagenet"], device), resolve_amp(args.amp, device)
+    optimizer = None if scoring else torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    def step() -> None:
+        batch = torch.randint(0, len(images), (args.batch_size,), device=device)
+        if scoring:
+            with torch.inference_mode(), autocast(device, precision):
+                run(normalize(images[batch]))
+            return
+        optimizer.zero_grad()
+        for part in batch.chunk(args.accumulate):
+            with autocast(device, precision):
+                logits = run(normalize(images[part]))  # (B, classes)
+            scaler.scale(F.cross_entropy(logits.float(), part % 100) * len(part) / len(batch)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """One row a method: median seconds, images/s, ratios to floor and peft, memory, MFU."""
+    peaks = {}
+    for name in args.methods:  # first, while this process is small: a child's peak starts from its parent's
+        peaks[name] = None if args.no_memory else memory(name, args)
+    images = torch.randint(0, 256, (args.images, 3, args.img_size, args.img_size), dtype=torch.uint8).to(device)
+    steps = {name: stepper(name, args, device, images) for name in args.methods}
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    flops, times = {}, {name: [] for name in steps}
+    for name, step in steps.items():
+        with FlopCounterMode(display=False) as counter:  # also the first warm-up
+            step() if not args.compile else None
+        flops[name] = counter.get_total_flops()
+        for _ in range(args.warmup):
+            step()
+    for _ in tqdm(range(args.rounds), "rounds", disable=None):
+        for name in random.sample(list(steps), len(steps)):
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(args.steps):
+                steps[name]()
+            synchronize()
+            times[name].append((time.perf_counter() - start) / args.steps)
+    rows = []
+    peak = next(
+        (v for key, v in PEAK_TFLOPS.items() if device.type == "cuda" and key in torch.cuda.get_device_name()), 0
+    )
+    for name, seconds in times.items():
+        row = {"method": name, "seconds": statistics.median(seconds)}
+        row["images_per_s"] = args.batch_size / row["seconds"]
+        for other in OTHERS:
+            if other in times and name.startswith("eval") == other.startswith("eval"):
+                ratios = [a / b for a, b in zip(seconds, times[other], strict=True)]
+                row[f"over {other}"] = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        row["memory_mb"] = peaks[name]
+        row["gflops"] = flops[name] / 1e9
+        row["mfu"] = (
+            flops[name] / row["seconds"] / peak / 1e12 if peak and resolve_amp(args.amp, device) != "off" else None
+        )
+        rows.append(row)
+    return rows
+
+
+def memory(method: str, args: argparse.Namespace) -> int | None:
+    """Peak MiB of a process that makes three steps of one method and nothing else."""
+    given = {key: value for key, value in vars(args).items() if key not in ("methods", "sweep", "plot", "memory_of")}
+    command = [sys.executable, __file__, "--memory-of", json.dumps(given | {"method": method})]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else None  # None: not enough memory
+
+
+def memory_of(text: str) -> None:
+    """What `memory` starts: prints the peak."""
+    args = argparse.Namespace(**json.loads(text))
+    device = pick_device(args.device)
+    images = torch.randint(0, 256, (args.images, 3, args.img_size, args.img_size), dtype=torch.uint8).to(device)
+    step = stepper(args.method, args, device, images)
+    for _ in range(3):
+        step()
+    print(peak_memory_mb(device))
+
+
+def show(rows: list[dict]) -> None:
+    """The table of one measurement."""
+    others = [other for other in OTHERS if any(f"over {other}" in row for row in rows)]
+    head = ["method", "ms/step", "images/s", *(f"over {other}" for other in others), "memory MiB", "GFLOP", "MFU %"]
+    lines = [head]
+    for row in rows:
+        line = [row["method"], f"{1e3 * row['seconds']:.1f}", f"{row['images_per_s']:.1f}"]
+        for other in others:
+            quartiles = row.get(f"over {other}")
+            line.append("{1:.3f} ({0:.3f}-{2:.3f})".format(*quartiles) if quartiles else "-")
+        mfu = f"{100 * row['mfu']:.1f}" if row["mfu"] else "-"
+        lines.append([*line, str(row["memory_mb"] or "-"), f"{row['gflops']:.0f}", mfu])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def plot(results: list[tuple], name: str, path: str) -> None:
+    """Time a step and memory over the swept value, a line a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for method in dict.fromkeys(row["method"] for _, rows in results for row in rows):
+        for axis, key in zip(axes, ("seconds", "memory_mb"), strict=True):
+            points = [(str(value), row[key]) for value, rows in results for row in rows if row["method"] == method]
+            axis.plot(*zip(*points, strict=True), marker="o", label=method)
+    for axis, label in zip(axes, ("seconds a step", "peak memory, MiB"), strict=True):
+        axis.set(xlabel=name, ylabel=label, ylim=(0, None))
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--memory-of"]:
+        return memory_of(sys.argv[2])
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flag = parser.add_argument
+    choices = [*METHODS, *(f"eval {name}" for name in EVALUATIONS)]
+    flag("--model", default="vit_tiny_patch16_224", help="timm name (default: vit_tiny_patch16_224)")
+    flag("--img-size", type=int, help="side in pixels (default: the model's own)")
+    flag("--batch-size", type=int, default=16, help="default: 16, what two CPU cores bear")
+    flag("--targets", nargs="+", default=["attn.qkv"], metavar="PATH", help="adapted layers (default: attn.qkv)")
+    flag("--rank", type=int, default=8, help="default: 8")
+    flag("--mask-prob", type=float, default=0.5, help="default: 0.5")
+    flag("--amp", choices=AMP, default="auto", help="as in train.py (default: auto)")
+    flag("--compile", action="store_true", help="torch.compile every method")
+    flag("--grad-checkpoint", action="store_true", help="recompute each block in the backward pass")
+    flag("--accumulate", type=int, default=1, help="split a batch into parts (default: 1)")
+    flag("--images", type=int, default=1000, help="training images held in memory (default: 1000, as VTAB-1k)")
+    flag("--methods", nargs="+", choices=choices, metavar="METHOD", help=f"default: all that is installed of {choices}")
+    flag("--rounds", type=int, default=20, help="rounds in which every method takes its turn (default: 20)")
+    flag("--steps", type=int, default=1, help="steps a turn (default: 1; on a GPU 10 or more)")
+    flag("--warmup", type=int, default=2, help="steps before the rounds (default: 2)")
+    flag("--no-memory", action="store_true", help="leave out the memory, which takes a process a method")
+    flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
+    flag("--sweep", nargs="+", metavar=("FLAG", "VALUE"), help="measure for each value of a flag, as in: rank 1 8 64")
+    flag("--plot", help="with --sweep: draw it into this file")
+    args = parser.parse_args()
+    missing = [name for name in ("peft", "loralib") if importlib.util.find_spec(name) is None]
+    for name in set(missing) & set(args.methods or ()):
+        parser.error(f"--methods {name}: pip install {name}")
+    if missing and not args.methods:
+        print(f"not installed, so left out: {', '.join(missing)}")
+    args.methods = args.methods or [name for name in choices if name not in missing]
+    if args.plot and not args.sweep:
+        parser.error("--plot draws a --sweep: name a flag and its values")
+    try:
+        device = pick_device(args.device)
+        name, *values = args.sweep or ["rounds", str(args.rounds)]
+        name = name.lstrip("-").replace("-", "_")
+        if name not in vars(args) or not values:
+            parser.error(f"--sweep {' '.join(args.sweep)}: expected a flag of this script and its values")
+        results = []
+        for value in values:
+            kind = type(getattr(args, name))
+            setattr(args, name, value.split(",") if kind is list else kind(value) if kind in (int, float) else value)
+            given = args.img_size
+            args.img_size = args.img_size or models.input_size(args.model)
+            if args.sweep:
+                print(f"\n--{name.replace('_', '-')} {value}")
+            rows = measure(args, device)
+            show(rows)
+            results.append((value, rows))
+            args.img_size = given
+    except (data.DataError, models.ModelError, ValueError) as error:
+        parser.error(str(error))
+    if args.plot:
+        plot(results, name, args.plot)
+    about = {"device": str(device), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    print(json.dumps({"arguments": vars(args), "machine": about, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
