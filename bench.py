@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data
 import model as models
-from eval import AMP, Parser, autocast, peak_memory_mb, pick_device, resolve_amp
+from eval import AMP, COUNT, FRACTION, WHOLE, Parser, autocast, peak_memory_mb, pick_device, resolve_amp
 
 METHODS = ("floor", "mlae", "two-branch", "peft", "loralib", "full")
 EVALUATIONS = ("plain", "mlae", "merged")
@@ -227,20 +227,20 @@ def main() -> None:
     flag = parser.add_argument
     choices = [*METHODS, *(f"eval {name}" for name in EVALUATIONS)]
     flag("--model", default="vit_tiny_patch16_224", help="timm name (default: vit_tiny_patch16_224)")
-    flag("--img-size", type=int, help="side in pixels (default: the model's own)")
-    flag("--batch-size", type=int, default=16, help="default: 16, what two CPU cores bear")
+    flag("--img-size", type=COUNT, help="side in pixels (default: the model's own)")
+    flag("--batch-size", type=COUNT, default=16, help="default: 16, what two CPU cores bear")
     flag("--targets", nargs="+", default=["attn.qkv"], metavar="PATH", help="adapted layers (default: attn.qkv)")
-    flag("--rank", type=int, default=8, help="default: 8")
-    flag("--mask-prob", type=float, default=0.5, help="default: 0.5")
+    flag("--rank", type=COUNT, default=8, help="default: 8")
+    flag("--mask-prob", type=FRACTION, default=0.5, help="default: 0.5")
     flag("--amp", choices=AMP, default="auto", help="as in train.py (default: auto)")
     flag("--compile", action="store_true", help="torch.compile every method")
     flag("--grad-checkpoint", action="store_true", help="recompute each block in the backward pass")
-    flag("--accumulate", type=int, default=1, help="split a batch into parts (default: 1)")
-    flag("--images", type=int, default=1000, help="training images held in memory (default: 1000, as VTAB-1k)")
+    flag("--accumulate", type=COUNT, default=1, help="split a batch into parts (default: 1)")
+    flag("--images", type=COUNT, default=1000, help="training images held in memory (default: 1000, as VTAB-1k)")
     flag("--methods", nargs="+", choices=choices, metavar="METHOD", help=f"default: all that is installed of {choices}")
-    flag("--rounds", type=int, default=20, help="rounds in which every method takes its turn (default: 20)")
-    flag("--steps", type=int, default=1, help="steps a turn (default: 1; on a GPU 10 or more)")
-    flag("--warmup", type=int, default=2, help="steps before the rounds (default: 2)")
+    flag("--rounds", type=COUNT, default=20, help="rounds in which every method takes its turn (default: 20)")
+    flag("--steps", type=COUNT, default=1, help="steps a turn (default: 1; on a GPU 10 or more)")
+    flag("--warmup", type=WHOLE, default=2, help="steps before the rounds (default: 2)")
     flag("--no-memory", action="store_true", help="leave out the memory, which takes a process a method")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
     flag("--sweep", nargs="+", metavar=("FLAG", "VALUE"), help="measure for each value of a flag, as in: rank 1 8 64")

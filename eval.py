@@ -15,8 +15,10 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +50,22 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def number(kind: type, low: float, high: float, what: str):
+    """A flag's type: an int or float in [low, high)."""
+
+    def parse(text: str):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return parse
+
+
+COUNT, WHOLE = number(int, 1, 2**31, "1 or more"), number(int, 0, 2**31, f"from 0 to {2**31 - 1}")
+FRACTION, POSITIVE = number(float, 0, 1, "in [0, 1)"), number(float, math.ulp(0.0), math.inf, "above 0")
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA if there is one, else Apple's MPS, else the CPU. ModelError for one that is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -66,6 +84,14 @@ def provenance(model: nn.Module, checkpoint: str | None, pretrained: bool) -> di
         return {"tag": f"{models.architecture(model)}:{Path(checkpoint).name}", "sha256": sha256(checkpoint)}
     tag = model.pretrained_cfg.get("tag") if pretrained else "random"
     return {"tag": f"{models.architecture(model)}.{tag}" if tag else models.architecture(model)}
+
+
+def git_hash() -> str | None:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not a clone
 
 
 def sha256(path: str | Path) -> str:
@@ -132,6 +158,15 @@ PUBLISHED = [
 PROTOCOL = "here: the last epoch's weights, scored once; mean ± standard deviation over seeds (their number)"
 NOT_SETTINGS = {"dataset", "seed", "seeds", "val", "data_dir", "source", "checkpoint"}
 NOT_SETTINGS |= {"device", "workers", "out", "resume"}
+
+
+def finished(metrics_file: Path) -> dict | None:
+    """The result of a finished run; None if there is none that can be read."""
+    try:
+        metrics = json.loads(metrics_file.read_text())
+        return metrics if {"benchmark", "data"} <= set(metrics) else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def collect(*folders: str | os.PathLike) -> list[dict]:
@@ -320,8 +355,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="where the data are now (default: where they were in training)")
     parser.add_argument("--checkpoint", help="where the backbone's file is now (default: where it was in training)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: the fastest")
-    flag = parser.add_argument("--workers", type=int, default=4, choices=range(1000), metavar="N")
-    flag.help = "processes that decode images (default: 4; 0: none)"
+    parser.add_argument("--workers", type=WHOLE, default=4, help="processes that decode images (default: 4; 0: none)")
     args = parser.parse_args()
     try:
         if args.run.is_dir() and not (args.run / "config.json").exists():

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,21 +30,9 @@ import torchvision
 from tqdm import tqdm
 
 import data
+import eval as evaluation
 import model as models
-from eval import (
-    AMP,
-    Parser,
-    autocast,
-    collect,
-    evaluate,
-    peak_memory_mb,
-    pick_device,
-    provenance,
-    resolve_amp,
-    sha256,
-    summarize,
-    tabulate,
-)
+from eval import AMP, COUNT, FRACTION, POSITIVE, WHOLE, Parser, autocast, evaluate, pick_device
 from mlae import PATTERNS, mask_rates, set_mask_prob
 
 # Flags left out take these. vtab-1k and fgvc: the field's common recipe (AdapterPlus) on the MLAE paper's backbone.
@@ -80,14 +67,14 @@ def run(args: argparse.Namespace) -> dict:
     # the run's folder: the same arguments, and the same checkpoint, give the same folder
     scratch = args.checkpoint == "none"
     local = args.checkpoint and not scratch
-    settings = vars(args) | {"checkpoint": sha256(args.checkpoint) if local else None, "scratch": scratch}
+    settings = vars(args) | {"checkpoint": evaluation.sha256(args.checkpoint) if local else None, "scratch": scratch}
     for name in ("device", "workers", "out", "resume", "seeds"):
         del settings[name]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     short = args.model.replace("/", "_").replace(":", "_")
     folder = Path(args.out, args.dataset, f"{args.method}-{short}-seed{args.seed}{'-val' * args.val}-{digest}")
     metrics_file, state_file = folder / "metrics.json", folder / "state.pt"
-    metrics = finished(metrics_file) if args.resume else None
+    metrics = evaluation.finished(metrics_file) if args.resume else None
     if metrics and not metrics["benchmark"].startswith("not "):  # a subset may have become whole
         print(f"finished: {folder} (remove it to run it again)")
         return metrics
@@ -95,7 +82,7 @@ def run(args: argparse.Namespace) -> dict:
     # seed and device
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    amp = resolve_amp(args.amp, device)
+    amp = evaluation.resolve_amp(args.amp, device)
 
     # data
     load = {
@@ -162,11 +149,11 @@ def run(args: argparse.Namespace) -> dict:
         "mean": mean,
         "std": std,
         "amp": amp,
-        "weights": provenance(model, create["checkpoint"], create["pretrained"]),
+        "weights": evaluation.provenance(model, create["checkpoint"], create["pretrained"]),
         "data": test.about,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in LIBRARIES},
-        "git": git_hash(),
+        "git": evaluation.git_hash(),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
@@ -181,7 +168,7 @@ def run(args: argparse.Namespace) -> dict:
     net = torch.compile(model, dynamic=True) if args.compile else model  # one graph for every p and batch size
     epoch, rows, seconds, fingerprint = 0, [], 0.0, train.fingerprint()
     if args.resume and state_file.exists():
-        epoch, rows, seconds = restore(state_file, model, optimizer, fingerprint) or (0, [], 0.0)
+        epoch, rows, seconds = restore(state_file, model, optimizer, scaler, fingerprint) or (0, [], 0.0)
         print(f"resumed after epoch {epoch} of {folder}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -229,7 +216,7 @@ def run(args: argparse.Namespace) -> dict:
         rows.append([epoch + 1, lr, p, round(mean_loss, 6), round(train_top1, 2), round(seconds, 2)])
         with open(folder / "log.csv", "w", newline="") as file:
             csv.writer(file).writerows([["epoch", "lr", "mask_prob", "loss", "train_top1", "seconds"], *rows])
-        save_state(state_file, model, optimizer, fingerprint, epoch + 1, rows, seconds)
+        save_state(state_file, model, optimizer, scaler, fingerprint, epoch + 1, rows, seconds)
     bar.close()
     models.save_adapter(model, folder / "adapter.safetensors", config)
 
@@ -248,7 +235,7 @@ def run(args: argparse.Namespace) -> dict:
         "trainable_parameters": counts["trainable_parameters"],
         "head_parameters": counts["head_parameters"],
         "train_seconds": round(seconds, 1),
-        "peak_memory_mb": peak_memory_mb(device),
+        "peak_memory_mb": evaluation.peak_memory_mb(device),
         "run": str(folder),
     }
     metrics_file.with_suffix(".tmp").write_text(json.dumps(metrics))
@@ -257,21 +244,13 @@ def run(args: argparse.Namespace) -> dict:
     return metrics
 
 
-def finished(metrics_file: Path) -> dict | None:
-    """The result of a finished run; None if there is none that can be read."""
-    try:
-        metrics = json.loads(metrics_file.read_text())
-        return metrics if {"benchmark", "data"} <= set(metrics) else None
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: str, *progress) -> None:
+def save_state(path: Path, model: torch.nn.Module, optimizer, scaler, data: str, *progress) -> None:
     """All that `restore` needs to go on as if nothing had happened; written whole or not at all."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     state = {
         "model": models.adapter_state(model),
         "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
         "rng": [torch.get_rng_state(), cuda],
         "data": data,
         "progress": progress,
@@ -280,30 +259,23 @@ def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: str) -> tuple | None:
+def restore(path: Path, model: torch.nn.Module, optimizer, scaler, data: str) -> tuple | None:
     """Load what `save_state` wrote; returns its progress: epochs done, log rows, seconds. None if the data changed."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        weights, steps, (cpu, cuda), progress = (state[key] for key in ("model", "optimizer", "rng", "progress"))
+        weights, moments, scale, (cpu, cuda) = (state[key] for key in ("model", "optimizer", "scaler", "rng"))
     except Exception as error:  # whatever a damaged file makes torch raise
         raise models.ModelError(f"cannot read {path}: remove it to start anew") from error
     if state.get("data") != data:
         print(f"the training images are not those of {path}: starting anew")
         return None
     model.load_state_dict(weights, strict=False)
-    optimizer.load_state_dict(steps)
+    optimizer.load_state_dict(moments)
+    scaler.load_state_dict(scale)
     torch.set_rng_state(cpu)
     if cuda:
         torch.cuda.set_rng_state_all(cuda)
-    return progress
-
-
-def git_hash() -> str | None:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # not a clone
+    return state["progress"]
 
 
 HELP = {
@@ -314,22 +286,6 @@ HELP = {
     "coef_init": "start of every lambda; for lora its frozen value alpha / rank (default: 1, that is alpha = rank)",
     "mask_schedule": "p over the epochs: p, from 0 to p, from p to 0 (default: constant, as published)",
 }
-
-
-def number(kind: type, low: float, high: float, what: str):
-    """A flag's type: an int or float in [low, high)."""
-
-    def parse(text: str):
-        if not low <= kind(text) < high:
-            raise argparse.ArgumentTypeError(f"must be {what}, not {text}")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
-    return parse
-
-
-COUNT, WHOLE = number(int, 1, 2**31, "1 or more"), number(int, 0, 2**31, f"from 0 to {2**31 - 1}")
-FRACTION, POSITIVE = number(float, 0, 1, "in [0, 1)"), number(float, math.ulp(0.0), math.inf, "above 0")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -398,9 +354,9 @@ def main(argv: list[str] | None = None) -> None:
             print(*report, sep="\n", file=sys.stderr)
             parser.error(f"--dataset {name}: not one of its {len(tasks)} tasks could run; see above")
         if suite:
-            print(tabulate(collect(*(result["run"] for result in results))), *report, sep="\n")
+            print(evaluation.tabulate(evaluation.collect(*(result["run"] for result in results))), *report, sep="\n")
         if suite or len(results) > 1:
-            print(json.dumps(summarize(results, name if suite else tasks[0].name)))
+            print(json.dumps(evaluation.summarize(results, name if suite else tasks[0].name)))
     except (data.DataError, models.ModelError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -420,6 +376,8 @@ def settle(parser: Parser, args: argparse.Namespace, task: data.Task, number: in
         args.warmup_epochs = args.epochs / 10
     if not 0 <= args.warmup_epochs < args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs:g} must be from 0 to below --epochs {args.epochs}")
+    if args.accumulate > args.batch_size:
+        parser.error(f"--accumulate {args.accumulate} must not be above --batch-size {args.batch_size}")
     if args.mask_schedule != "constant" and args.masking == "fixed":
         parser.error(f"--mask-schedule {args.mask_schedule} needs --masking stochastic or mixed: fixed masks stay")
     args.img_size = args.img_size or models.input_size(args.model)

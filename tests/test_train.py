@@ -89,9 +89,9 @@ def test_several_seeds_are_single_runs_and_their_mean(run):
     assert summary["trainable_parameters"] == single["trainable_parameters"] and "test_loss" not in summary
 
 
-@pytest.mark.parametrize("at", [1, 3])
-def test_resume_goes_on_as_if_nothing_had_happened(run, monkeypatch, at):
-    arguments = ["--epochs", 3, "--drop-path", 0.1, "--mask-schedule", "increase"]
+@pytest.mark.parametrize(("at", "amp"), [(1, "off"), (3, "off"), (1, "fp16")])
+def test_resume_goes_on_as_if_nothing_had_happened(run, monkeypatch, at, amp):
+    arguments = ["--epochs", 3, "--drop-path", 0.1, "--mask-schedule", "increase", "--amp", amp]
     whole = run("--out", "whole", *arguments)
     stop_after(monkeypatch, at)
     with pytest.raises(SystemExit) as stop:
@@ -115,6 +115,82 @@ def test_learning_rates_are_the_formula(run):
     assert got == pytest.approx(want, rel=1e-12)
     rows = log(run("--val", "--epochs", 4, "--lr", 1e-3, "--warmup-epochs", 1))
     assert [float(row["lr"]) for row in rows] == pytest.approx([want[12], want[25], want[38], want[51]])
+
+
+def test_folded_and_two_branch_training_coincide(run, monkeypatch):
+    """The same masks and starts, so the curves differ by rounding alone, which training amplifies."""
+    arguments = ["--epochs", 6, "--img-size", 28, "--mask-prob", 0.3]
+    folded = run("--out", "folded", *arguments)
+
+    def two_branch(self, x):
+        h = torch.nn.functional.linear(x, self.lora_A) * self.coefficients()
+        return torch.nn.functional.linear(x, self.weight, self.bias) + h @ self.lora_B.T
+
+    monkeypatch.setattr(models.MLAELinear, "forward", two_branch)
+    plain = run("--out", "plain", *arguments)
+    curves = [[float(row["loss"]) for row in log(metrics)] for metrics in (folded, plain)]
+    assert curves[0] == pytest.approx(curves[1], rel=2e-3) and curves[0] != curves[1]
+    assert folded["test_top1"] == pytest.approx(plain["test_top1"], abs=0.6)
+
+
+def test_recomputed_blocks_give_the_same_training(run, capsys):
+    plain = run("--out", "plain", "--drop-path", 0.1)
+    try:
+        again = run("--out", "again", "--drop-path", 0.1, "--grad-checkpoint")
+    except SystemExit:  # timm's reentrant checkpoints of old
+        assert "loses gradients by it: pip install -U timm" in capsys.readouterr().err
+        return
+    assert again["test_loss"] == pytest.approx(plain["test_loss"], rel=1e-5)
+
+
+def test_recomputation_is_refused_where_there_is_none(run, capsys, monkeypatch):
+    monkeypatch.delattr(models.timm.models.vision_transformer.VisionTransformer, "set_grad_checkpointing")
+    with pytest.raises(SystemExit) as stop:
+        run("--grad-checkpoint")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "--grad-checkpoint: vit_nano cannot recompute its blocks" in err
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(run):
+    whole, parts = (run("--mask-prob", 0, "--accumulate", n, "--batch-size", 50) for n in (1, 3))  # 17 + 17 + 16
+    losses = [[float(row["loss"]) for row in log(metrics)] for metrics in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and whole["run"] != parts["run"]
+    assert parts["test_loss"] == pytest.approx(whole["test_loss"], rel=5e-3)
+    masked = run("--mask-prob", 0.5, "--accumulate", 2)  # a mask for each part
+    assert masked["test_loss"] != run("--mask-prob", 0.5)["test_loss"]
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision(run, monkeypatch, amp):
+    dtypes, head = set(), models.nn.Linear.forward
+
+    def forward(self, x):
+        y = head(self, x)
+        if not torch.is_inference_mode_enabled() and torch.is_grad_enabled():  # not the probe of `inject`
+            dtypes.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(models.nn.Linear, "forward", forward)
+    mixed = run("--amp", amp)
+    assert dtypes == {{"bf16": torch.bfloat16, "fp16": torch.float16}[amp]}
+    assert json.loads(Path(mixed["run"], "config.json").read_text())["amp"] == amp
+    exact = run("--amp", "off")
+    assert mixed["test_loss"] == pytest.approx(exact["test_loss"], rel=0.05)
+
+
+def test_no_compilation_after_the_first_step(run, monkeypatch):
+    """Neither for another p, nor for the short last batch, nor in the next epochs."""
+    from torch._dynamo.utils import counters
+
+    compile_it, frames = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compile_it(model, backend="aot_eager", **kwargs))
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda *a, **k: frames.append(counters["frames"]["total"]) or step(*a, **k)
+    )
+    metrics = run("--compile", "--epochs", 3, "--mask-schedule", "increase")
+    assert len(frames) == 3 * 16 and len(set(frames)) == 1 and frames[0] > 0
+    assert [row["mask_prob"] for row in log(metrics)] == ["0.0", "0.25", "0.5"]
 
 
 def test_every_method_and_masking(run):
@@ -246,6 +322,8 @@ def test_a_vtab_task_from_its_prepared_folder(run, cifar):
         (["--dataset", "sun397", "--source", "original"], "sun397 has a prepared folder only; use --source prepared"),
         (["--source", "tfds"], "argument --source: invalid choice: 'tfds'"),
         (["--dataset", "cub"], "/data/fgvc/cub: put the images of CUB-200-2011 into"),
+        (["--accumulate", "0"], "argument --accumulate: must be 1 or more, not 0"),
+        (["--accumulate", "100"], "--accumulate 100 must not be above --batch-size 64"),
         (["--workers", "-1"], "argument --workers: must be from 0 to"),
         (["--model", "vit_nanoo"], "timm has no model 'vit_nanoo'"),
         (["--checkpoint", "absent.pth"], "no checkpoint file "),
@@ -307,8 +385,8 @@ def test_a_damaged_test_image_stops_the_run_before_it_trains(run, cifar, capsys)
 def stop_after(monkeypatch, epochs):
     save = train.save_state
 
-    def save_and_stop(path, model, optimizer, data, epoch, *rest):
-        save(path, model, optimizer, data, epoch, *rest)
+    def save_and_stop(path, model, optimizer, scaler, data, epoch, *rest):
+        save(path, model, optimizer, scaler, data, epoch, *rest)
         if epoch == epochs:
             monkeypatch.setattr(train, "save_state", save)
             raise KeyboardInterrupt
