@@ -2,6 +2,7 @@
 
     python bench.py --model vit_tiny_patch16_224 --batch-size 16                     # 20 rounds on this machine
     python bench.py --targets attn.qkv attn.proj mlp.fc1 mlp.fc2 --rank 16 --amp bf16
+    python bench.py --methods mlae mlae+compile mlae+bf16 mlae+grad-checkpoint       # what an option costs or saves
     python bench.py --sweep rank 1 8 64 --methods floor mlae peft --plot rank.png    # cost as the work grows
 
 A step is train.py's: pick a batch of uint8 images, normalise, forward, backward, AdamW. The methods:
@@ -43,7 +44,14 @@ from eval import AMP, COUNT, FRACTION, WHOLE, Parser, autocast, peak_memory_mb, 
 
 METHODS = ("floor", "mlae", "two-branch", "peft", "loralib", "full")
 EVALUATIONS = ("plain", "mlae", "merged")
-OTHERS = ("floor", "peft", "eval plain")  # what ratios are over
+OTHERS = ("floor", "mlae", "peft", "eval plain")  # what ratios are over
+OPTIONS = {  # method+option is one more method, so that it takes its turn too
+    "compile": {"compile": True},
+    "bf16": {"amp": "bf16"},
+    "fp16": {"amp": "fp16"},
+    "grad-checkpoint": {"grad_checkpoint": True},
+    "accumulate4": {"accumulate": 4},
+}
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16 or fp16, as NVIDIA states
 
 
@@ -97,6 +105,10 @@ def build(method: str, args: argparse.Namespace) -> nn.Module:
 
 def stepper(method: str, args: argparse.Namespace, device: torch.device, images: Tensor) -> Callable[[], None]:
     """One training step of a method as train.py makes it, or for "eval <method>" the scoring of one batch."""
+    method, *options = method.split("+")
+    args = argparse.Namespace(**vars(args))
+    for option in options:
+        vars(args).update(OPTIONS[option])
     scoring = method.startswith("eval ")
     net = build(method.removeprefix("eval "), args).to(device).train(not scoring)
     if args.grad_checkpoint:
@@ -125,16 +137,13 @@ def stepper(method: str, args: argparse.Namespace, device: torch.device, images:
 
 def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """One row a method: median seconds, images/s, ratios to floor and peft, memory, MFU."""
-    peaks = {}
-    for name in args.methods:  # first, while this process is small: a child's peak starts from its parent's
-        peaks[name] = None if args.no_memory else memory(name, args)
     images = torch.randint(0, 256, (args.images, 3, args.img_size, args.img_size), dtype=torch.uint8).to(device)
     steps = {name: stepper(name, args, device, images) for name in args.methods}
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     flops, times = {}, {name: [] for name in steps}
     for name, step in steps.items():
         with FlopCounterMode(display=False) as counter:  # also the first warm-up
-            step() if not args.compile else None
+            step() if not (args.compile or "+compile" in name) else None
         flops[name] = counter.get_total_flops()
         for _ in range(args.warmup):
             step()
@@ -157,7 +166,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
             if other in times and name.startswith("eval") == other.startswith("eval"):
                 ratios = [a / b for a, b in zip(seconds, times[other], strict=True)]
                 row[f"over {other}"] = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        row["memory_mb"] = peaks[name]
+        row["memory_mb"] = args.peaks[name]
         row["gflops"] = flops[name] / 1e9
         row["mfu"] = (
             flops[name] / row["seconds"] / peak / 1e12 if peak and resolve_amp(args.amp, device) != "off" else None
@@ -168,7 +177,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 def memory(method: str, args: argparse.Namespace) -> int | None:
     """Peak MiB of a process that makes three steps of one method and nothing else."""
-    given = {key: value for key, value in vars(args).items() if key not in ("methods", "sweep", "plot", "memory_of")}
+    given = {key: value for key, value in vars(args).items() if key != "peaks"}
     command = [sys.executable, __file__, "--memory-of", json.dumps(given | {"method": method})]
     done = subprocess.run(command, capture_output=True, text=True)
     return json.loads(done.stdout) if done.returncode == 0 else None  # None: not enough memory
@@ -215,7 +224,7 @@ def plot(results: list[tuple], name: str, path: str) -> None:
             points = [(str(value), row[key]) for value, rows in results for row in rows if row["method"] == method]
             axis.plot(*zip(*points, strict=True), marker="o", label=method)
     for axis, label in zip(axes, ("seconds a step", "peak memory, MiB"), strict=True):
-        axis.set(xlabel=name, ylabel=label, ylim=(0, None))
+        axis.set(xlabel=name, ylabel=label, ylim=(0, 1.1 * axis.get_ylim()[1]))
     axes[0].legend()
     figure.savefig(path, dpi=120)
 
@@ -237,7 +246,9 @@ def main() -> None:
     flag("--grad-checkpoint", action="store_true", help="recompute each block in the backward pass")
     flag("--accumulate", type=COUNT, default=1, help="split a batch into parts (default: 1)")
     flag("--images", type=COUNT, default=1000, help="training images held in memory (default: 1000, as VTAB-1k)")
-    flag("--methods", nargs="+", choices=choices, metavar="METHOD", help=f"default: all that is installed of {choices}")
+    flag(
+        "--methods", nargs="+", metavar="METHOD", help=f"of {', '.join(choices)}; with +{', +'.join(OPTIONS)} if wanted"
+    )
     flag("--rounds", type=COUNT, default=20, help="rounds in which every method takes its turn (default: 20)")
     flag("--steps", type=COUNT, default=1, help="steps a turn (default: 1; on a GPU 10 or more)")
     flag("--warmup", type=WHOLE, default=2, help="steps before the rounds (default: 2)")
@@ -246,6 +257,10 @@ def main() -> None:
     flag("--sweep", nargs="+", metavar=("FLAG", "VALUE"), help="measure for each value of a flag, as in: rank 1 8 64")
     flag("--plot", help="with --sweep: draw it into this file")
     args = parser.parse_args()
+    for method in args.methods or ():
+        name, *options = method.split("+")
+        if name not in choices or not set(options) <= set(OPTIONS):
+            parser.error(f"--methods {method!r}: there are {', '.join(choices)}, each with +{', +'.join(OPTIONS)}")
     missing = [name for name in ("peft", "loralib") if importlib.util.find_spec(name) is None]
     for name in set(missing) & set(args.methods or ()):
         parser.error(f"--methods {name}: pip install {name}")
@@ -260,18 +275,21 @@ def main() -> None:
         name = name.lstrip("-").replace("-", "_")
         if name not in vars(args) or not values:
             parser.error(f"--sweep {' '.join(args.sweep)}: expected a flag of this script and its values")
-        results = []
+        points = []
         for value in values:
-            kind = type(getattr(args, name))
-            setattr(args, name, value.split(",") if kind is list else kind(value) if kind in (int, float) else value)
-            given = args.img_size
-            args.img_size = args.img_size or models.input_size(args.model)
+            kind, point = type(getattr(args, name)), argparse.Namespace(**vars(args))
+            value = value.split(",") if kind is list else kind(value) if kind in (int, float) else value
+            setattr(point, name, value)
+            point.img_size = point.img_size or models.input_size(point.model)
+            # all of this before anything is timed: a child's peak is never below what its parent's was
+            point.peaks = {method: None if args.no_memory else memory(method, point) for method in args.methods}
+            points.append((value, point))
+        results = []
+        for value, point in points:
             if args.sweep:
-                print(f"\n--{name.replace('_', '-')} {value}")
-            rows = measure(args, device)
-            show(rows)
-            results.append((value, rows))
-            args.img_size = given
+                print(f"\n--{name.replace('_', '-')} {value}", flush=True)
+            results.append((value, measure(point, device)))
+            show(results[-1][1])
     except (data.DataError, models.ModelError, ValueError) as error:
         parser.error(str(error))
     if args.plot:

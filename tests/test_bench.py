@@ -66,6 +66,16 @@ def test_a_measurement(capsys):
     assert 1.8 < rows["floor"]["gflops"] / forward < 2.1 and 2.7 < rows["full"]["gflops"] / forward < 3.1
 
 
+def test_options_are_methods_of_their_own(capsys):
+    common = ["--model", "vit_nano", "--batch-size", 8, "--images", 8, "--rounds", 2, "--no-memory"]
+    *_, last = call(capsys, *common, "--methods", "mlae", "mlae+grad-checkpoint", "mlae+accumulate4+bf16")
+    rows = json.loads(last)["results"][0][1]
+    assert rows[1]["gflops"] > 1.3 * rows[0]["gflops"] and rows[2]["gflops"] == pytest.approx(
+        rows[0]["gflops"], rel=0.1
+    )
+    assert len(rows[2]["over mlae"]) == 3
+
+
 def test_a_sweep_and_its_plot(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     common = [
@@ -82,7 +92,7 @@ def test_a_sweep_and_its_plot(capsys, tmp_path):
         "--no-memory",
     ]
     *_, last = call(capsys, *common, "--sweep", "rank", 1, 2, "--plot", tmp_path / "rank.png")
-    assert [value for value, _ in json.loads(last)["results"]] == ["1", "2"]
+    assert [value for value, _ in json.loads(last)["results"]] == [1, 2]
     assert (tmp_path / "rank.png").stat().st_size > 1000
     *_, last = call(capsys, *common, "--sweep", "targets", "attn.qkv", "attn.qkv,mlp.fc1")
     flops = [rows[0]["gflops"] for _, rows in json.loads(last)["results"]]
@@ -97,7 +107,8 @@ def test_a_sweep_and_its_plot(capsys, tmp_path):
         (["--sweep", "colour", "1"], "--sweep colour 1: expected"),
         (["--sweep", "rank", "x"], "invalid literal for int"),
         (["--model", "vit_nanoo"], "timm has no model 'vit_nanoo'"),
-        (["--methods", "mlea"], "argument --methods: invalid choice: 'mlea'"),
+        (["--methods", "mlea"], "--methods 'mlea': there are floor, mlae"),
+        (["--methods", "mlae+fp8"], "--methods 'mlae+fp8': there are floor, mlae"),
         (["--rounds", "0"], "argument --rounds: must be 1 or more, not 0"),
         (["--batch-size", "-3"], "argument --batch-size: must be 1 or more"),
     ],
