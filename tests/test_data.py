@@ -315,7 +315,7 @@ def test_damaged_fgvc_lists(birds, part, listing, message):
 def test_fgvc_sets_that_are_not_there(birds):
     with pytest.raises(DataError, match=r"nabirds: no folder .*fgvc/nabirds: put the images of NABirds into"):
         load("nabirds", birds)
-    with pytest.raises(DataError, match="oxford_flowers102: no .*flowers-102/jpg: get it by hand"):
+    with pytest.raises(DataError, match="oxford_flowers102: .*; or put the images of Oxford Flowers 102 into"):
         load("oxford_flowers", birds, download=False)
     with pytest.raises(DataError, match="oxford_flowers: no folder .*fgvc/oxford_flowers"):
         load("oxford_flowers", birds, source="prepared")
