@@ -381,6 +381,7 @@ def _fetch(name: str, original: Original, root: Path) -> None:
     if top.is_dir():
         raise DataError(f"{name}: {top} is not complete: remove it, or complete it by hand from {original.get}")
     _sweep(staging)
+    new = not root.exists()
     print(f"{name}: downloading {original.get} into {root}", flush=True)
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without a byte
@@ -393,6 +394,8 @@ def _fetch(name: str, original: Original, root: Path) -> None:
     finally:
         socket.setdefaulttimeout(patience)
         _sweep(staging)
+        if new and root.is_dir() and not any(root.iterdir()):
+            root.rmdir()
 
 
 def _sweep(staging: Path) -> None:
