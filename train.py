@@ -351,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
         report = [f"left out: {len(missing)} of {len(tasks)} tasks"] if missing else []
         report += [f"- {task}: {str(error).removeprefix(f'{task}: ')}" for task, error in missing.items()]
         if not results:
-            print(*report, sep="\n", file=sys.stderr)
+            print(*report, sep="\n")
             parser.error(f"--dataset {name}: not one of its {len(tasks)} tasks could run; see above")
         if suite:
             print(evaluation.tabulate(evaluation.collect(*(result["run"] for result in results))), *report, sep="\n")

@@ -557,9 +557,13 @@ def test_a_suite_goes_on_past_damaged_data_and_divergence(suite, three, monkeypa
 def test_a_suite_without_any_data(run, capsys):
     with pytest.raises(SystemExit) as stop:
         run("--dataset", "fgvc", "--model", "vit_nano")
-    err = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and err[-1].endswith("--dataset fgvc: not one of its 5 tasks could run; see above")
-    assert sum(line.startswith("- ") for line in err) == 5 and not Path("runs").exists()
+    out, err = (text.strip().splitlines() for text in capsys.readouterr())
+    assert (
+        stop.value.code == 2
+        and len(err) == 1
+        and err[-1].endswith("--dataset fgvc: not one of its 5 tasks could run; see above")
+    )
+    assert sum(line.startswith("- ") for line in out) == 5 and not Path("runs").exists()
 
 
 def test_training_on_fgvc_crops(run, tmp_path, capsys):
