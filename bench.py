@@ -115,7 +115,8 @@ def stepper(method: str, args: argparse.Namespace, device: torch.device, images:
         net.set_grad_checkpointing(True)
     run = torch.compile(net, dynamic=True) if args.compile else net
     normalize, precision = data.normalizer(*data.NORMALIZE["imagenet"], device), resolve_amp(args.amp, device)
-    optimizer = None if scoring else torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = None if scoring else torch.optim.AdamW(trained, lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def step() -> None:
@@ -211,22 +212,28 @@ def show(rows: list[dict]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
-def plot(results: list[tuple], name: str, path: str) -> None:
-    """Time a step and memory over the swept value, a line a method."""
+def plot(sweeps: list[tuple[str, list[tuple]]], path: str) -> None:
+    """A column of plots for each sweep: time of a step (over the floor's, if that was measured) and peak memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for method in dict.fromkeys(row["method"] for _, rows in results for row in rows):
-        for axis, key in zip(axes, ("seconds", "memory_mb"), strict=True):
-            points = [(str(value), row[key]) for value, rows in results for row in rows if row["method"] == method]
-            axis.plot(*zip(*points, strict=True), marker="o", label=method)
-    for axis, label in zip(axes, ("seconds a step", "peak memory, MiB"), strict=True):
-        axis.set(xlabel=name, ylabel=label, ylim=(0, 1.1 * axis.get_ylim()[1]))
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
+    figure, axes = plt.subplots(2, len(sweeps), figsize=(3.4 * len(sweeps), 5), squeeze=False, layout="constrained")
+    for (name, results), (upper, lower) in zip(sweeps, axes.T, strict=True):
+        floor = all("over floor" in row for _, rows in results for row in rows)
+        labels = [value.replace(",", "\n").replace("_patch", "\npatch") for value, _ in results]
+        for method in dict.fromkeys(row["method"] for _, rows in results for row in rows):
+            line = [next(row for row in rows if row["method"] == method) for _, rows in results]
+            upper.plot(labels, [row["over floor"][1] if floor else row["seconds"] for row in line], "o-", label=method)
+            lower.plot(labels, [row["memory_mb"] or 0 for row in line], "o-")
+        upper.set(ylabel="time of a step over the floor's" if floor else "seconds a step")
+        lower.set(xlabel=f"--{name}", ylabel="peak memory, MiB", ylim=(0, None))
+        for axis in (upper, lower):
+            axis.tick_params(labelsize=8)
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -254,8 +261,8 @@ def main() -> None:
     flag("--warmup", type=WHOLE, default=2, help="steps before the rounds (default: 2)")
     flag("--no-memory", action="store_true", help="leave out the memory, which takes a process a method")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
-    flag("--sweep", nargs="+", metavar=("FLAG", "VALUE"), help="measure for each value of a flag, as in: rank 1 8 64")
-    flag("--plot", help="with --sweep: draw it into this file")
+    flag("--sweep", nargs="+", action="append", metavar=("FLAG", "VALUE"), help="of a flag, as in: rank 1 8 64")
+    flag("--plot", help="draw the sweeps, of which there may be several, into this file")
     args = parser.parse_args()
     for method in args.methods or ():
         name, *options = method.split("+")
@@ -269,33 +276,31 @@ def main() -> None:
     args.methods = args.methods or [name for name in choices if name not in missing]
     if args.plot and not args.sweep:
         parser.error("--plot draws a --sweep: name a flag and its values")
+    sweeps = []  # (flag, [(value, its arguments; once measured, its rows)])
     try:
         device = pick_device(args.device)
-        name, *values = args.sweep or ["rounds", str(args.rounds)]
-        name = name.lstrip("-").replace("-", "_")
-        if name not in vars(args) or not values:
-            parser.error(f"--sweep {' '.join(args.sweep)}: expected a flag of this script and its values")
-        points = []
-        for value in values:
-            kind, point = type(getattr(args, name)), argparse.Namespace(**vars(args))
-            value = value.split(",") if kind is list else kind(value) if kind in (int, float) else value
-            setattr(point, name, value)
-            point.img_size = point.img_size or models.input_size(point.model)
-            # all of this before anything is timed: a child's peak is never below what its parent's was
-            point.peaks = {method: None if args.no_memory else memory(method, point) for method in args.methods}
-            points.append((value, point))
-        results = []
-        for value, point in points:
-            if args.sweep:
-                print(f"\n--{name.replace('_', '-')} {value}", flush=True)
-            results.append((value, measure(point, device)))
-            show(results[-1][1])
+        for name, *values in args.sweep or [["rounds", str(args.rounds)]]:
+            name = name.lstrip("-").replace("_", "-")
+            if not values or name in ("methods", "device", "sweep", "plot"):
+                parser.error(f"--sweep {name}: expected a flag of this script that changes a step, and its values")
+            points = [parser.parse_args([*sys.argv[1:], f"--{name}", *value.split(",")]) for value in values]
+            sweeps.append((name, list(zip(values, points, strict=True))))
+        for _, points in sweeps:  # memory first: a child's peak is never below what its parent's was
+            for _, point in points:
+                point.methods, point.img_size = args.methods, point.img_size or models.input_size(point.model)
+                point.peaks = {m: None if args.no_memory else memory(m, point) for m in args.methods}
+        for name, points in sweeps:
+            for i, (value, point) in enumerate(points):
+                if args.sweep:
+                    print(f"\n--{name} {value}", flush=True)
+                points[i] = value, measure(point, device)
+                show(points[i][1])
     except (data.DataError, models.ModelError, ValueError) as error:
         parser.error(str(error))
     if args.plot:
-        plot(results, name, args.plot)
+        plot(sweeps, args.plot)
     about = {"device": str(device), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    print(json.dumps({"arguments": vars(args), "machine": about, "results": results}))
+    print(json.dumps({"arguments": vars(args), "machine": about, "sweeps": sweeps}))
 
 
 if __name__ == "__main__":

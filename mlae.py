@@ -38,7 +38,7 @@ def _fold(weight: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
     """W' = W + B diag(c) A (out, in), in float32 or wider whatever autocast says, so that it is rounded only once."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):
-        return weight + (B.to(wide) * c.to(wide)) @ A.to(wide)
+        return torch.addmm(weight.to(wide), B.to(wide) * c.to(wide), A.to(wide))
 
 
 class _FoldedLinear(torch.autograd.Function):
@@ -46,7 +46,7 @@ class _FoldedLinear(torch.autograd.Function):
 
     Autograd through W' would form the (out, in) gradient that low-rank adapters exist to avoid. For g = dL/dy (N, out):
 
-        dx = g W'    h = x A^T    q = g B    dA = diag(c) q^T x    dB = (g^T h) diag(c)    dc = sum_n h * q
+        dx = g W'    P = (g B)^T x    dA = diag(c) P    dB = g^T (x A^T) diag(c)    dc = sum_in A * P
     """
 
     @staticmethod
@@ -63,10 +63,9 @@ class _FoldedLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         dx = g @ folded if need_x else None  # (..., in)
         g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (N, out), (N, in)
-        h, q = x @ A.to(x.dtype).T, g @ B.to(g.dtype)  # (N, r) each
-        dA = (q.T @ x) * c[:, None]  # (r, in)
-        dB = (h.T @ g).T * c  # (out, r); as g.T @ h it takes more than twice the time on a CPU
-        dc = (h.to(c.dtype) * q).sum(0)  # (r,)
+        P = (g @ B.to(g.dtype)).T @ x  # (r, in)
+        dA, dc = P * c[:, None], (P * A).sum(1)  # (r, in), (r,)
+        dB = ((x @ A.to(x.dtype).T).T @ g).T * c  # (out, r); as g.T @ h it takes more than twice the time on a CPU
         dweight = g.T @ x if need_weight else None  # (out, in), only for a caller who thawed the layer
         dbias = g.sum(0) if need_bias else None  # (out,)
         return dx, dweight, dbias, dA, dB, dc, None
@@ -161,11 +160,11 @@ class MLAELinear(nn.Linear):
 
     def coefficients(self) -> Tensor:
         """c_i = m_i lambda_i (rank,): a fresh random mask at every call in training mode, none in eval mode."""
-        c = self.lora_lambda * self.expert_mask
+        mask = self.expert_mask
         if self.training:
-            keep = torch.rand(self.rank, device=c.device) >= self._mask_prob
-            c = c * keep / (1 - self._mask_prob)
-        return c
+            keep = torch.rand(self.rank, device=mask.device) >= self._mask_prob
+            mask = mask * keep / (1 - self._mask_prob)
+        return self.lora_lambda * mask
 
     def _full_B(self) -> Tensor:
         if self.rows is None:

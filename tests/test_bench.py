@@ -55,7 +55,7 @@ def test_a_measurement(capsys):
         "--methods", "floor", "mlae", "full", "eval plain", "eval mlae", "--accumulate", 2,
     )  # fmt: skip
     result = json.loads(last)
-    rows = {row["method"]: row for row in result["results"][0][1]}
+    rows = {row["method"]: row for row in result["sweeps"][0][1][0][1]}
     assert list(rows) == ["floor", "mlae", "full", "eval plain", "eval mlae"] and len(table) == 6
     assert rows["floor"]["over floor"] == [1, 1, 1] and "over floor" not in rows["eval mlae"]
     assert all(row["memory_mb"] > 100 and row["seconds"] > 0 for row in rows.values())
@@ -69,7 +69,7 @@ def test_a_measurement(capsys):
 def test_options_are_methods_of_their_own(capsys):
     common = ["--model", "vit_nano", "--batch-size", 8, "--images", 8, "--rounds", 2, "--no-memory"]
     *_, last = call(capsys, *common, "--methods", "mlae", "mlae+grad-checkpoint", "mlae+accumulate4+bf16")
-    rows = json.loads(last)["results"][0][1]
+    rows = json.loads(last)["sweeps"][0][1][0][1]
     assert rows[1]["gflops"] > 1.3 * rows[0]["gflops"] and rows[2]["gflops"] == pytest.approx(
         rows[0]["gflops"], rel=0.1
     )
@@ -91,21 +91,23 @@ def test_a_sweep_and_its_plot(capsys, tmp_path):
         "mlae",
         "--no-memory",
     ]
-    *_, last = call(capsys, *common, "--sweep", "rank", 1, 2, "--plot", tmp_path / "rank.png")
-    assert [value for value, _ in json.loads(last)["results"]] == [1, 2]
-    assert (tmp_path / "rank.png").stat().st_size > 1000
-    *_, last = call(capsys, *common, "--sweep", "targets", "attn.qkv", "attn.qkv,mlp.fc1")
-    flops = [rows[0]["gflops"] for _, rows in json.loads(last)["results"]]
-    assert flops[1] > flops[0]
+    sweeps = ["--sweep", "rank", 1, 2, "--sweep", "targets", "attn.qkv", "attn.qkv,mlp.fc1"]
+    *_, last = call(capsys, *common, *sweeps, "--plot", tmp_path / "cost.png")
+    (first, ranks), (second, targets) = json.loads(last)["sweeps"]
+    assert (first, second) == ("rank", "targets") and [value for value, _ in ranks] == ["1", "2"]
+    assert targets[1][1][0]["gflops"] > 1.05 * targets[0][1][0]["gflops"]
+    assert (tmp_path / "cost.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--plot", "x.png"], "--plot draws a --sweep"),
-        (["--sweep", "rank"], "--sweep rank: expected a flag of this script and its values"),
-        (["--sweep", "colour", "1"], "--sweep colour 1: expected"),
-        (["--sweep", "rank", "x"], "invalid literal for int"),
+        (["--sweep", "rank"], "--sweep rank: expected a flag"),
+        (["--sweep", "colour", "1"], "unrecognized arguments: --colour 1"),
+        (["--sweep", "device", "cpu"], "--sweep device: expected a flag of this script that changes a step"),
+        (["--sweep", "rank", "x"], "argument --rank: invalid int value: 'x'"),
+        (["--sweep", "rank", "8", "0"], "argument --rank: must be 1 or more, not 0"),
         (["--model", "vit_nanoo"], "timm has no model 'vit_nanoo'"),
         (["--methods", "mlea"], "--methods 'mlea': there are floor, mlae"),
         (["--methods", "mlae+fp8"], "--methods 'mlae+fp8': there are floor, mlae"),
