@@ -265,9 +265,7 @@ def fixed_masks(
         step = 1 if gap > 0 else -1
         room = keep < rank if gap > 0 else keep > 1
         keep[torch.where(room, (keep - want) * step, torch.inf).argmin()] += step
-    order = (
-        torch.rand(num_layers, rank, generator=generator, device="cpu").argsort(dim=1).argsort(dim=1)
-    )  # a random rank per expert
+    order = torch.rand(num_layers, rank, generator=generator, device="cpu").argsort(dim=1)  # random permutations
     return (order < keep[:, None]).float()
 
 

@@ -219,7 +219,7 @@ def inject(
     """
     if masking not in MASKINGS:
         raise ModelError(f"masking must be one of {', '.join(MASKINGS)}, not {masking!r}")
-    chosen = _find(model, targets)
+    chosen = find_layers(model, targets)
     rates, masks = [0.0] * len(chosen), [None] * len(chosen)
     try:
         if masking in ("stochastic", "mixed"):
@@ -241,8 +241,8 @@ def inject(
     return list(layers)
 
 
-def _find(model: nn.Module, targets: Sequence[str]) -> dict[str, list[int] | None]:
-    """Path -> output rows (None for all) of the nn.Linear layers that `targets` name."""
+def find_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, list[int] | None]:
+    """Path -> output rows (None for all) of the nn.Linear layers that `targets` name; raises as `inject` does."""
     if experts(model):
         raise ModelError(f"the model is injected already: {_few(list(experts(model)))}")
     barred = tuple(f"{name}." for name in heads(model))
@@ -295,6 +295,14 @@ def _check_called(model: nn.Module, layers: dict[str, MLAELinear]) -> None:
     silent = [name for name, layer in layers.items() if layer not in called]
     if silent:
         raise ModelError(f"{architecture(model)} reads the weight of {_few(silent)} without calling the layer")
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Keep no activations inside the blocks, compute them again in the backward pass; ModelError if timm cannot."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise ModelError(f"--grad-checkpoint: {architecture(model)} cannot recompute its blocks") from None
 
 
 @contextmanager

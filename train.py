@@ -115,10 +115,7 @@ def run(args: argparse.Namespace) -> dict:
     normalize = data.normalizer(mean, std, device)
     num_layers = len(models.experts(model))
     if args.grad_checkpoint:
-        try:
-            model.set_grad_checkpointing(True)
-        except (AttributeError, AssertionError):
-            raise models.ModelError(f"--grad-checkpoint: {args.model} cannot recompute its blocks") from None
+        models.recompute_blocks(model)
     augment = data.TASKS[args.dataset].benchmark == "fgvc"
     if augment:
         train.hold(args.workers)
