@@ -417,3 +417,16 @@ def test_compiled_model_and_checkpointed_blocks(nano, images):
     for other in grads[1:]:
         for a, b in zip(grads[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_under_autocast(nano, images):
+    net, grads = nano(mask_prob=0.0), []
+    for run in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = run(images)
+        assert logits.dtype == torch.bfloat16
+        logits.float().square().sum().backward()
+        grads.append([p.grad.clone() for p in net.parameters() if p.requires_grad])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * a.abs().max().item())
