@@ -245,22 +245,23 @@ def plot(sweeps: list[tuple[str, list[tuple]]], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, len(sweeps), figsize=(3.4 * len(sweeps), 5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(2, len(sweeps), figsize=(3.2 * len(sweeps), 5.5), squeeze=False, layout="constrained")
     for (name, results), (upper, lower) in zip(sweeps, axes.T, strict=True):
         results = [(value, [row for row in rows if not row["method"].startswith("eval ")]) for value, rows in results]
         floor = all("over floor" in row for _, rows in results for row in rows)
-        labels = [value.replace(",", "\n").replace("_patch", "\npatch") for value, _ in results]
+        labels = [value.replace(",", "\n").replace("_", "\n") for value, _ in results]
         for method in dict.fromkeys(row["method"] for _, rows in results for row in rows):
             line = [next(row for row in rows if row["method"] == method) for _, rows in results]
             upper.plot(labels, [row["over floor"][1] if floor else row["seconds"] for row in line], "o-", label=method)
             lower.plot(labels, [row["memory_mb"] or 0 for row in line], "o-")
-        upper.set(ylabel="time of a step over the floor's" if floor else "seconds a step")
+        upper.set(ylabel="time over floor" if floor else "seconds a step")
+        upper.sharey(axes[0, 0])
         lower.set(xlabel=f"--{name}", ylabel="peak memory, MiB", ylim=(0, None))
         for axis in (upper, lower):
             axis.tick_params(labelsize=8)
             axis.grid(alpha=0.3)
     axes[0, 0].legend()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:
