@@ -39,7 +39,7 @@ def test_what_each_method_trains(args):
 
 
 def test_a_step_trains_what_trains_and_nothing_else(args, monkeypatch):
-    vars(args).update(amp="off", compile=False, grad_checkpoint=False, accumulate=1, batch_size=4)
+    vars(args).update(amp="off", compile=False, grad_checkpoint=False, accumulate=1, batch_size=4, mask_prob=0.0)
     images = torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8)
     nets, build = [], bench.build
     monkeypatch.setattr(bench, "build", lambda *given: nets.append(build(*given)) or nets[-1])
@@ -154,7 +154,7 @@ def test_sweeps_and_their_plot(capsys, tmp_path):
         (["--model", "vit_nanoo"], "timm has no model 'vit_nanoo'"),
         (["--methods", "mlea"], "--methods 'mlea': there are floor, mlae"),
         (["--methods", "eval mlae+accumulate4"], "scoring has no backward pass"),
-        (["--methods", "floor", "--model", "test_convnext", "--no-memory"], "has no blocks.0.norm1.bias"),
+        (["--methods", "floor", "--model", "resnet18", "--no-memory"], "has no blocks.0.norm1.bias"),
         (["--methods", "mlae", "--sweep", "rank", "1", "--plot", "no/x.png"], "--plot no/x.png: expected a .png"),
         (["--methods", "mlae+fp8"], "--methods 'mlae+fp8': there are floor, mlae"),
         (["--rounds", "0"], "argument --rounds: must be 1 or more, not 0"),
