@@ -8,7 +8,7 @@
 A step is train.py's: pick a batch of uint8 images, normalise, forward, backward, AdamW. The methods:
 
     floor       the frozen backbone with its head and the first block's norm1.bias trained: the forward and the gradient
-                with respect to activations through every block (the first one's too, 0.8 % that adapters of qkv skip)
+                with respect to activations through every block (the first one's too, which adapters of qkv can skip)
     mlae        MLAELinear, folded into one product
     two-branch  the same experts and masks beside the frozen layer
     peft        LoRA of Hugging Face PEFT
