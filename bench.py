@@ -43,7 +43,17 @@ from tqdm import tqdm
 
 import data
 import model as models
-from eval import AMP, COUNT, FRACTION, WHOLE, Parser, autocast, peak_memory_mb, pick_device, resolve_amp
+from eval import (
+    AMP,
+    COUNT,
+    FRACTION,
+    WHOLE,
+    Parser,
+    autocast,
+    peak_memory_mb,
+    pick_device,
+    resolve_amp,
+)
 
 PEERS = ("peft", "loralib")
 METHODS = ("floor", "mlae", "two-branch", "peft", "loralib", "full")
@@ -56,7 +66,13 @@ OPTIONS = {  # method+option is one more method, so that it takes its turn too
     "grad-checkpoint": {"grad_checkpoint": True},
     "accumulate4": {"accumulate": 4},
 }
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16 or fp16, as NVIDIA states
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "4090": 165,
+}  # dense bf16 or fp16, as NVIDIA states
 
 
 class TwoBranch(nn.Module):
@@ -69,12 +85,19 @@ class TwoBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
         h = F.linear(x, layer.lora_A)  # (..., r)
-        return F.linear(x, layer.weight, layer.bias) + F.linear(h * layer.coefficients(), layer._full_B())
+        return F.linear(x, layer.weight, layer.bias) + F.linear(
+            h * layer.coefficients(), layer._full_B()
+        )
 
 
 def build(method: str, args: argparse.Namespace) -> nn.Module:
     """The model of one method on the CPU, with what it trains marked so; ModelError where there is no such model."""
-    create = {"name": args.model, "num_classes": 100, "pretrained": False, "img_size": args.img_size}
+    create = {
+        "name": args.model,
+        "num_classes": 100,
+        "pretrained": False,
+        "img_size": args.img_size,
+    }
     create |= {"rank": args.rank, "targets": args.targets, "mask_prob": args.mask_prob}
     if method in ("mlae", "merged", "two-branch"):
         net = models.create(**create, method="mlae")
@@ -85,12 +108,16 @@ def build(method: str, args: argparse.Namespace) -> nn.Module:
     if method == "floor":
         first = dict(net.named_parameters()).get("blocks.0.norm1.bias")
         if first is None:
-            raise models.ModelError(f"--methods floor: {args.model} has no blocks.0.norm1.bias to train")
+            raise models.ModelError(
+                f"--methods floor: {args.model} has no blocks.0.norm1.bias to train"
+            )
         first.requires_grad_(True)
     elif method in PEERS:
         layers = models.find_layers(net, args.targets)
         if any(rows is not None for rows in layers.values()):
-            raise models.ModelError(f"--methods {method}: it adapts whole layers, so --targets attn.qkv")
+            raise models.ModelError(
+                f"--methods {method}: it adapts whole layers, so --targets attn.qkv"
+            )
         if method == "peft":
             import peft
 
@@ -104,7 +131,9 @@ def build(method: str, args: argparse.Namespace) -> nn.Module:
 
             for name in layers:
                 old = net.get_submodule(name)
-                lora = loralib.Linear(old.in_features, old.out_features, args.rank, args.rank, merge_weights=False)
+                lora = loralib.Linear(
+                    old.in_features, old.out_features, args.rank, args.rank, merge_weights=False
+                )
                 lora.weight, lora.bias = old.weight, old.bias
                 net.set_submodule(name, lora)
     return net
@@ -119,7 +148,9 @@ def settings(method: str, args: argparse.Namespace) -> tuple[str, argparse.Names
     return method, args
 
 
-def stepper(method: str, args: argparse.Namespace, device: torch.device, images: Tensor) -> Callable[[], None]:
+def stepper(
+    method: str, args: argparse.Namespace, device: torch.device, images: Tensor
+) -> Callable[[], None]:
     """One training step of a method as train.py makes it, or for "eval <method>" the scoring of one batch."""
     method, args = settings(method, args)
     scoring = method.startswith("eval ")
@@ -127,8 +158,13 @@ def stepper(method: str, args: argparse.Namespace, device: torch.device, images:
     if args.grad_checkpoint:
         models.recompute_blocks(net)
     if args.compile:
-        net.compile(dynamic=True)  # as train.py's torch.compile, but at ease with the counter's hooks
-    normalize, precision = data.normalizer(*data.NORMALIZE["imagenet"], device), resolve_amp(args.amp, device)
+        net.compile(
+            dynamic=True
+        )  # as train.py's torch.compile, but at ease with the counter's hooks
+    normalize, precision = (
+        data.normalizer(*data.NORMALIZE["imagenet"], device),
+        resolve_amp(args.amp, device),
+    )
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = None if scoring else torch.optim.AdamW(trained, lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -143,9 +179,13 @@ def stepper(method: str, args: argparse.Namespace, device: torch.device, images:
         for part in batch.chunk(args.accumulate):
             with autocast(device, precision):
                 logits = net(normalize(images[part]))  # (B, classes)
-            scaler.scale(F.cross_entropy(logits.float(), part % 100) * len(part) / len(batch)).backward()
+            scaler.scale(
+                F.cross_entropy(logits.float(), part % 100) * len(part) / len(batch)
+            ).backward()
         if args.grad_checkpoint and any(p.grad is None for p in trained):
-            raise models.ModelError("--grad-checkpoint: this timm loses gradients; pip install -U timm")
+            raise models.ModelError(
+                "--grad-checkpoint: this timm loses gradients; pip install -U timm"
+            )
         scaler.step(optimizer)
         scaler.update()
 
@@ -154,16 +194,22 @@ def stepper(method: str, args: argparse.Namespace, device: torch.device, images:
 
 def made_up(args: argparse.Namespace, device: torch.device) -> Tensor:
     """Training images (N, 3, S, S) uint8 on the device."""
-    return torch.randint(0, 256, (args.images, 3, args.img_size, args.img_size), dtype=torch.uint8).to(device)
+    return torch.randint(
+        0, 256, (args.images, 3, args.img_size, args.img_size), dtype=torch.uint8
+    ).to(device)
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """One row a method: median seconds, images/s, ratios to OTHERS (quartiles), memory, GFLOP, MFU."""
     torch.compiler.reset()  # else the compiled models of an earlier point count towards the limit
-    torch._dynamo.config.cache_size_limit = 64  # above it the methods, one code for all, would run without compilation
+    torch._dynamo.config.cache_size_limit = (
+        64  # above it the methods, one code for all, would run without compilation
+    )
     images = made_up(args, device)
     steps = {name: stepper(name, args, device, images) for name in args.methods}
-    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(
+        device.type, lambda: None
+    )
     flops, times = {}, {name: [] for name in steps}
     for name, step in steps.items():
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
@@ -188,11 +234,17 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
         for other in OTHERS:
             if other in times and name.startswith("eval") == other.startswith("eval"):
                 ratios = [a / b for a, b in zip(seconds, times[other], strict=True)]
-                inner = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+                inner = (
+                    statistics.quantiles(ratios, n=4, method="inclusive")
+                    if len(ratios) > 1
+                    else ratios * 3
+                )
                 row[f"over {other}"] = inner
         row |= {"memory_mb": args.peaks.get(name), "gflops": flops[name] / 1e9, "mfu": None}
         own = settings(name, args)[1]
-        if peak and resolve_amp(own.amp, device) != "off" and not own.grad_checkpoint:  # recomputing is no use
+        if (
+            peak and resolve_amp(own.amp, device) != "off" and not own.grad_checkpoint
+        ):  # recomputing is no use
             row["mfu"] = flops[name] / row["seconds"] / (peak * 1e12)
         rows.append(row)
     return rows
@@ -201,7 +253,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
 def memory(method: str, args: argparse.Namespace) -> int | None:
     """Peak MiB of a process that makes three steps of one method and nothing else; None, saying why, if it fails."""
     given = json.dumps(vars(args) | {"method": method})
-    done = subprocess.run([sys.executable, __file__, "--memory-of", given], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--memory-of", given], capture_output=True, text=True
+    )
     if done.returncode == 0:
         return json.loads(done.stdout)
     print(f"{method}: no memory measured: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
@@ -224,7 +278,15 @@ def memory_of(text: str) -> None:
 def show(rows: list[dict]) -> None:
     """The table of one measurement."""
     others = [other for other in OTHERS if any(f"over {other}" in row for row in rows)]
-    head = ["method", "ms/step", "images/s", *(f"over {other}" for other in others), "memory MiB", "GFLOP", "MFU %"]
+    head = [
+        "method",
+        "ms/step",
+        "images/s",
+        *(f"over {other}" for other in others),
+        "memory MiB",
+        "GFLOP",
+        "MFU %",
+    ]
     lines = [head]
     for row in rows:
         line = [row["method"], f"{1e3 * row['seconds']:.1f}", f"{row['images_per_s']:.1f}"]
@@ -245,14 +307,24 @@ def plot(sweeps: list[tuple[str, list[tuple]]], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, len(sweeps), figsize=(3.2 * len(sweeps), 5.5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(sweeps), figsize=(3.2 * len(sweeps), 5.5), squeeze=False, layout="constrained"
+    )
     for (name, results), (upper, lower) in zip(sweeps, axes.T, strict=True):
-        results = [(value, [row for row in rows if not row["method"].startswith("eval ")]) for value, rows in results]
+        results = [
+            (value, [row for row in rows if not row["method"].startswith("eval ")])
+            for value, rows in results
+        ]
         floor = all("over floor" in row for _, rows in results for row in rows)
         labels = [value.replace(",", "\n").replace("_", "\n") for value, _ in results]
         for method in dict.fromkeys(row["method"] for _, rows in results for row in rows):
             line = [next(row for row in rows if row["method"] == method) for _, rows in results]
-            upper.plot(labels, [row["over floor"][1] if floor else row["seconds"] for row in line], "o-", label=method)
+            upper.plot(
+                labels,
+                [row["over floor"][1] if floor else row["seconds"] for row in line],
+                "o-",
+                label=method,
+            )
             lower.plot(labels, [row["memory_mb"] or 0 for row in line], "o-")
         upper.set(ylabel="time over floor" if floor else "seconds a step")
         upper.sharey(axes[0, 0])
@@ -267,36 +339,73 @@ def plot(sweeps: list[tuple[str, list[tuple]]], path: str) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--memory-of"]:
         return memory_of(sys.argv[2])
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     flag = parser.add_argument
     choices = [*METHODS, *(f"eval {name}" for name in EVALUATIONS)]
-    flag("--model", default="vit_tiny_patch16_224", help="timm name (default: vit_tiny_patch16_224)")
+    flag(
+        "--model", default="vit_tiny_patch16_224", help="timm name (default: vit_tiny_patch16_224)"
+    )
     flag("--img-size", type=COUNT, help="side in pixels (default: the model's own)")
     flag("--batch-size", type=COUNT, default=16, help="default: 16, what two CPU cores bear")
-    flag("--targets", nargs="+", default=["attn.qkv"], metavar="PATH", help="adapted layers (default: attn.qkv)")
+    flag(
+        "--targets",
+        nargs="+",
+        default=["attn.qkv"],
+        metavar="PATH",
+        help="adapted layers (default: attn.qkv)",
+    )
     flag("--rank", type=COUNT, default=8, help="default: 8")
     flag("--mask-prob", type=FRACTION, default=0.5, help="default: 0.5")
     flag("--amp", choices=AMP, default="auto", help="as in train.py (default: auto)")
     flag("--compile", action="store_true", help="torch.compile every method")
     flag("--grad-checkpoint", action="store_true", help="recompute each block in the backward pass")
     flag("--accumulate", type=COUNT, default=1, help="split a batch into parts (default: 1)")
-    flag("--images", type=COUNT, default=1000, help="training images held in memory (default: 1000, as VTAB-1k)")
     flag(
-        "--methods", nargs="+", metavar="METHOD", help=f"of {', '.join(choices)}; with +{', +'.join(OPTIONS)} if wanted"
+        "--images",
+        type=COUNT,
+        default=1000,
+        help="training images held in memory (default: 1000, as VTAB-1k)",
     )
-    flag("--rounds", type=COUNT, default=20, help="rounds in which every method takes its turn (default: 20)")
+    flag(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help=f"of {', '.join(choices)}; with +{', +'.join(OPTIONS)} if wanted",
+    )
+    flag(
+        "--rounds",
+        type=COUNT,
+        default=20,
+        help="rounds in which every method takes its turn (default: 20)",
+    )
     flag("--steps", type=COUNT, help="steps a turn (default: 1, on CUDA 10)")
     flag("--warmup", type=WHOLE, default=2, help="steps before the rounds (default: 2)")
-    flag("--no-memory", action="store_true", help="leave out the memory, which takes a process a method")
+    flag(
+        "--no-memory",
+        action="store_true",
+        help="leave out the memory, which takes a process a method",
+    )
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
-    flag("--sweep", nargs="+", action="append", metavar=("FLAG", "VALUE"), help="of a flag, as in: rank 1 8 64")
+    flag(
+        "--sweep",
+        nargs="+",
+        action="append",
+        metavar=("FLAG", "VALUE"),
+        help="of a flag, as in: rank 1 8 64",
+    )
     flag("--plot", help="draw the sweeps, of which there may be several, into this file")
     args = parser.parse_args()
     missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
     for method in args.methods or ():
         name, *options = method.split("+")
         if name not in choices or not set(options) <= set(OPTIONS):
-            parser.error(f"--methods {method!r}: there are {', '.join(choices)}, each with +{', +'.join(OPTIONS)}")
+            parser.error(
+                f"--methods {method!r}: there are {', '.join(choices)}, each with +{', +'.join(OPTIONS)}"
+            )
         if name in missing:
             parser.error(f"--methods {name}: pip install {name}")
         if name.startswith("eval ") and {"accumulate4", "grad-checkpoint"} & set(options):
@@ -309,20 +418,36 @@ def main() -> None:
             parser.error("--plot draws a --sweep: name a flag and its values")
         if importlib.util.find_spec("matplotlib") is None:
             parser.error("--plot: pip install matplotlib")
-        if Path(args.plot).suffix not in (".png", ".pdf", ".svg") or not Path(args.plot).absolute().parent.is_dir():
-            parser.error(f"--plot {args.plot}: expected a .png, .pdf or .svg file in a folder that exists")
+        if (
+            Path(args.plot).suffix not in (".png", ".pdf", ".svg")
+            or not Path(args.plot).absolute().parent.is_dir()
+        ):
+            parser.error(
+                f"--plot {args.plot}: expected a .png, .pdf or .svg file in a folder that exists"
+            )
     sweeps = []  # (flag, [(value, its arguments; once measured, its rows)])
     try:
         device = pick_device(args.device)
         for name, *values in args.sweep or [["rounds", str(args.rounds)]]:
             name = name.lstrip("-").replace("_", "-")
             if not values or name in ("methods", "device", "sweep", "plot"):
-                parser.error(f"--sweep {name}: expected a flag of this script that changes a step, and its values")
-            points = [parser.parse_args([*sys.argv[1:], f"--{name}", *value.split(",")]) for value in values]
+                parser.error(
+                    f"--sweep {name}: expected a flag of this script that changes a step, and its values"
+                )
+            points = [
+                parser.parse_args([*sys.argv[1:], f"--{name}", *value.split(",")])
+                for value in values
+            ]
             sweeps.append((name, list(zip(values, points, strict=True))))
-        for _, points in sweeps:  # memory first: a child's peak is never below what its parent's was
+        for (
+            _,
+            points,
+        ) in sweeps:  # memory first: a child's peak is never below what its parent's was
             for _, point in points:
-                point.methods, point.img_size = args.methods, point.img_size or models.input_size(point.model)
+                point.methods, point.img_size = (
+                    args.methods,
+                    point.img_size or models.input_size(point.model),
+                )
                 point.steps = point.steps or (10 if device.type == "cuda" else 1)
                 point.peaks = {} if args.no_memory else {m: memory(m, point) for m in args.methods}
         for name, points in sweeps:
@@ -334,10 +459,16 @@ def main() -> None:
     except (data.DataError, models.ModelError, ValueError, torch.OutOfMemoryError) as error:
         parser.error(str(error).splitlines()[0])
     machine = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {platform.machine()}",
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{device}, {platform.machine()}",
         "threads": torch.get_num_threads(),
         "amp": resolve_amp(args.amp, device),
-        "versions": {name: version(name) for name in ("torch", "timm", *PEERS) if importlib.util.find_spec(name)},
+        "versions": {
+            name: version(name)
+            for name in ("torch", "timm", *PEERS)
+            if importlib.util.find_spec(name)
+        },
     }
     print(json.dumps({"arguments": vars(args), "machine": machine, "sweeps": sweeps}))
     if args.plot:

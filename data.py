@@ -52,13 +52,27 @@ from splits import (
     tfds_order,
 )
 
-__all__ = ["NORMALIZE", "TASKS", "DataError", "Images", "Task", "find_task", "load", "normalizer", "tfds_order"]
+__all__ = [
+    "NORMALIZE",
+    "TASKS",
+    "DataError",
+    "Images",
+    "Task",
+    "find_task",
+    "load",
+    "normalizer",
+    "tfds_order",
+]
 
 DEMO = Path(__file__).resolve().parent / "demo" / "digits.npz"
 ARCHIVE = "1yZKwiKdsBzTfBgnStRveYMokc7GMMd5p"  # all 19 tasks, on Google Drive
 SUITES = {"vtab": "vtab-1k", "fgvc": "fgvc"}  # all tasks of a benchmark
 SOURCES = ("auto", "original", "prepared")
-LISTS = {"train": "train800", "val": "val200", "test": "test"}  # of the prepared folder; train + val: train800val200
+LISTS = {
+    "train": "train800",
+    "val": "val200",
+    "test": "test",
+}  # of the prepared folder; train + val: train800val200
 BICUBIC = TF.InterpolationMode.BICUBIC
 NORMALIZE = {  # channel mean and std
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -127,9 +141,17 @@ TASKS: dict[str, Task] = {
 }
 TASKS |= {name: Task(name, "fgvc", *row, "published list") for name, *row in FGVC}
 TASKS |= {
-    "digits": Task("digits", "demo", "demo", 10, (800, 200, 797), "embedded UCI handwritten digits"),
+    "digits": Task(
+        "digits", "demo", "demo", 10, (800, 200, 797), "embedded UCI handwritten digits"
+    ),
     "fashion_mnist": Task(
-        "fashion_mnist", "pretraining", "demo", 10, (50000, 10000, 10000), "Fashion-MNIST", ("fashion",)
+        "fashion_mnist",
+        "pretraining",
+        "demo",
+        10,
+        (50000, 10000, 10000),
+        "Fashion-MNIST",
+        ("fashion",),
     ),
 }
 
@@ -139,9 +161,15 @@ def find_task(name: str) -> Task:
     names = {alias: task for task in TASKS.values() for alias in (task.name, *task.aliases)}
     key = name.lower().replace("-", "_")
     if key not in names:
-        known = {alias: task.name for alias, task in names.items()} | {suite: suite for suite in SUITES}
+        known = {alias: task.name for alias, task in names.items()} | {
+            suite: suite for suite in SUITES
+        }
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean {known[near[0]]!r}?" if near else f"there are {', '.join([*SUITES, *TASKS])}"
+        hint = (
+            f"did you mean {known[near[0]]!r}?"
+            if near
+            else f"there are {', '.join([*SUITES, *TASKS])}"
+        )
         raise DataError(f"unknown dataset {name!r}: {hint}")
     return names[key]
 
@@ -156,11 +184,29 @@ class Images:
     """
 
     def __init__(
-        self, items, labels, img_size, about="", *, source="", benchmark="", crop=False, cache=None, checked=None
+        self,
+        items,
+        labels,
+        img_size,
+        about="",
+        *,
+        source="",
+        benchmark="",
+        crop=False,
+        cache=None,
+        checked=None,
     ) -> None:
-        self.items, self.img_size, self.about, self.source, self.benchmark = items, img_size, about, source, benchmark
+        self.items, self.img_size, self.about, self.source, self.benchmark = (
+            items,
+            img_size,
+            about,
+            source,
+            benchmark,
+        )
         self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
-        self.short = round(img_size / 0.875) if crop else None  # the resized image's short side, 256 for 224
+        self.short = (
+            round(img_size / 0.875) if crop else None
+        )  # the resized image's short side, 256 for 224
         self.cache, self.checked, self.pixels = cache, checked, None
 
     def __len__(self) -> int:
@@ -176,7 +222,9 @@ class Images:
             start = self.starts[i].item()
             item = self.pixels[start : start + height * width * 3].view(height, width, 3).numpy()
         try:
-            return (Image.open(item) if isinstance(item, Path) else Image.fromarray(item)).convert("RGB")
+            return (Image.open(item) if isinstance(item, Path) else Image.fromarray(item)).convert(
+                "RGB"
+            )
         except UNREADABLE as error:
             raise DataError(f"cannot read image {item}: {error}; get the file again") from error
 
@@ -201,7 +249,11 @@ class Images:
         return torch.stack([TF.pil_to_tensor(view) for view in views]), self.labels[indexes]
 
     def batches(
-        self, batch_size: int, workers: int = 4, order: Iterable[int] | None = None, seed: str | None = None
+        self,
+        batch_size: int,
+        workers: int = 4,
+        order: Iterable[int] | None = None,
+        seed: str | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images as (B, 3, S, S) uint8 with labels (B,), in the given order or their own, decoded by `workers`
         processes (0: by this one). With a seed, images are augmented: random resized crop and flip, the same for the
@@ -210,22 +262,38 @@ class Images:
         yield from self._load(order, batch_size, workers, partial(self._batch, seed=seed))
 
     def _load(self, order, batch_size: int, workers: int, collate: Callable) -> Iterator:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(workers, cores) if len(order) * self.img_size**2 > 5e6 else 0  # done before a process starts
-        if multiprocessing.get_start_method() != "fork" and (self.pixels is not None or self._in_memory()):
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
+        workers = (
+            min(workers, cores) if len(order) * self.img_size**2 > 5e6 else 0
+        )  # done before a process starts
+        if multiprocessing.get_start_method() != "fork" and (
+            self.pixels is not None or self._in_memory()
+        ):
             workers = 0  # each process would be sent all pixels
         try:
             own = torch.Generator()  # else starting an epoch draws from the run's random numbers
-            yield from DataLoader(order, batch_size, num_workers=workers, collate_fn=collate, generator=own)
+            yield from DataLoader(
+                order, batch_size, num_workers=workers, collate_fn=collate, generator=own
+            )
         except DataError as error:  # from a worker: its traceback, whose last line is the message
-            raise DataError(str(error).strip().splitlines()[-1].removeprefix("splits.DataError: ")) from None
+            raise DataError(
+                str(error).strip().splitlines()[-1].removeprefix("splits.DataError: ")
+            ) from None
 
-    def tensors(self, device: torch.device | str = "cpu", workers: int = 4) -> tuple[Tensor, Tensor]:
+    def tensors(
+        self, device: torch.device | str = "cpu", workers: int = 4
+    ) -> tuple[Tensor, Tensor]:
         """The whole split on `device`: (N, 3, S, S) uint8 and (N,) int64; decoded once, then read from the cache."""
 
         def decode() -> dict[str, Tensor]:
             images = torch.empty(len(self), 3, self.img_size, self.img_size, dtype=torch.uint8)
-            for part, (batch, _) in zip(images.split(50), self._bar(self.batches(50, workers)), strict=True):
+            for part, (batch, _) in zip(
+                images.split(50), self._bar(self.batches(50, workers)), strict=True
+            ):
                 part.copy_(batch)
             return {"images": images}
 
@@ -235,16 +303,28 @@ class Images:
         """Keep the split in memory as uint8, each image at the short side of the test view, aspect ratio kept, so that
         an epoch decodes nothing. Says how much that takes; does nothing above `limit` bytes (default: half of the
         machine's memory). True if it is held."""
-        sizes = [Image.open(item).size if isinstance(item, Path) else item.shape[1::-1] for item in self.items]
+        sizes = [
+            Image.open(item).size if isinstance(item, Path) else item.shape[1::-1]
+            for item in self.items
+        ]
         shapes = torch.tensor(  # torchvision's rounding
-            [(self.short, self.short * w // h) if w > h else (self.short * h // w, self.short) for w, h in sizes]
+            [
+                (self.short, self.short * w // h) if w > h else (self.short * h // w, self.short)
+                for w, h in sizes
+            ]
         )
         need = int(shapes.prod(1).sum()) * 3
         if limit is None:
-            limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 4 << 30
+            limit = (
+                os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+                if hasattr(os, "sysconf")
+                else 4 << 30
+            )
         size = f"{len(self)} images at {self.short} pixels take {need / 2**30:.2f} GiB"
         if need > limit:
-            print(f"{size} of memory, over the limit of {limit / 2**30:.2f}: streamed from the files")
+            print(
+                f"{size} of memory, over the limit of {limit / 2**30:.2f}: streamed from the files"
+            )
             return False
         print(f"{size} of memory, and as much on disk in {self.cache}")
 
@@ -260,7 +340,13 @@ class Images:
         return True
 
     def _bar(self, batches: Iterable, doing: str = "decoding") -> Iterable:
-        return tqdm(batches, f"{doing} {len(self)} images", math.ceil(len(self) / 50), unit="batch", disable=None)
+        return tqdm(
+            batches,
+            f"{doing} {len(self)} images",
+            math.ceil(len(self) / 50),
+            unit="batch",
+            disable=None,
+        )
 
     def _flat(self, indexes: list[int]) -> Tensor:
         """Images in short-side size, (H, W, 3) each, all in one row."""
@@ -286,7 +372,9 @@ class Images:
         """Decode every file once, before a training is spent on them; DataError for the first that is damaged. That
         they are whole is remembered beside the cache."""
         mark = self.checked
-        if self._in_memory() or (mark and mark.is_file() and mark.read_text() == self.fingerprint()):
+        if self._in_memory() or (
+            mark and mark.is_file() and mark.read_text() == self.fingerprint()
+        ):
             return
         for _ in self._bar(self._load(range(len(self)), 50, workers, self._try), "checking"):
             pass
@@ -347,7 +435,9 @@ def load(
     """
     task, root = find_task(name), Path(root)
     if split not in ("trainval", "train") or source not in SOURCES:
-        raise ValueError(f"split is trainval or train and source one of {SOURCES}, not {split!r}, {source!r}")
+        raise ValueError(
+            f"split is trainval or train and source one of {SOURCES}, not {split!r}, {source!r}"
+        )
     halves = [["train"], ["val"]] if split == "train" else [["train", "val"], ["test"]]
     read = {"vtab-1k": _vtab_1k, "fgvc": _fgvc}.get(task.benchmark, _arrays)
     origin, about, found = read(task, root, halves, source, download)
@@ -356,19 +446,33 @@ def load(
     for parts, (_, labels) in zip(halves, found, strict=True):
         count, role = _count(task, parts), parts[0]
         if not 0 < len(labels) <= count:
-            raise DataError(f"{task.name}: {len(labels)} {role} images, where {task.benchmark} has {count}")
+            raise DataError(
+                f"{task.name}: {len(labels)} {role} images, where {task.benchmark} has {count}"
+            )
         if not 0 <= min(labels) <= max(labels) < task.classes:
-            raise DataError(f"{task.name}: {role} labels {min(labels)} to {max(labels)}, not in 0..{task.classes - 1}")
-        notes.append(f"{len(labels)} {role}" if len(labels) == count else f"{len(labels)} of {count} {role} (subset)")
+            raise DataError(
+                f"{task.name}: {role} labels {min(labels)} to {max(labels)}, not in 0..{task.classes - 1}"
+            )
+        notes.append(
+            f"{len(labels)} {role}"
+            if len(labels) == count
+            else f"{len(labels)} of {count} {role} (subset)"
+        )
     about, official = f"{about}, {' / '.join(notes)}", "subset" not in " ".join(notes)
     if len(set(names)) < len(names):
         about, official = f"{about}; {len(names) - len(set(names))} images are repeated", False
     if origin == "prepared" and declared.exists():
         about, official = f"{about}; SUBSET: {' '.join(declared.read_text().split())}", False
-    same = {"about": about, "source": origin, "benchmark": task.benchmark if official else f"not {task.benchmark}"}
+    same = {
+        "about": about,
+        "source": origin,
+        "benchmark": task.benchmark if official else f"not {task.benchmark}",
+    }
     same["crop"] = task.benchmark == "fgvc"
     keep, stem = task.benchmark in SUITES.values(), f"{task.name}-{origin}-{split}-{img_size}"
-    cache, checked = (root / "cache" / f"{stem}.{end}" if keep else None for end in ("safetensors", "ok"))
+    cache, checked = (
+        root / "cache" / f"{stem}.{end}" if keep else None for end in ("safetensors", "ok")
+    )
     (train, train_labels), (test, test_labels) = found
     train = Images(train, train_labels, img_size, cache=cache, **same)
     return train, Images(test, test_labels, img_size, checked=checked, **same)
@@ -386,7 +490,9 @@ def _vtab_1k(task: Task, root: Path, halves: list[list[str]], source: str, downl
     folder = root / "vtab-1k" / task.name
     archive = f"unpack a prepared archive (Google Drive {ARCHIVE}) to {folder}"
     if source == "original" and task.name not in ORIGINALS:
-        raise DataError(f"--source original: {task.name} has a prepared folder only; use --source prepared")
+        raise DataError(
+            f"--source original: {task.name} has a prepared folder only; use --source prepared"
+        )
     if source != "prepared" and task.name in ORIGINALS:
         try:
             found = official(task.name, root, halves, task.sizes, download)
@@ -399,7 +505,10 @@ def _vtab_1k(task: Task, root: Path, halves: list[list[str]], source: str, downl
         raise Missing(f"{task.name}: no folder {folder}: {archive} or point --data-dir elsewhere")
     found, formats = [], set()
     for parts in halves:
-        listing, count = folder / f"{''.join(LISTS[part] for part in parts)}.txt", _count(task, parts)
+        listing, count = (
+            folder / f"{''.join(LISTS[part] for part in parts)}.txt",
+            _count(task, parts),
+        )
         paths, labels = [], []
         for where, line in lines(listing):
             try:
@@ -422,13 +531,18 @@ def _encoding(task: Task, found: list[tuple]) -> str:
     if isinstance(found[0][0], np.ndarray):
         return "raw images"
     where = f"{task.name}: the originals are not whole"
-    return "+".join(sorted({image_format(path, where) for paths, _ in found for path in paths})) + " images"
+    return (
+        "+".join(sorted({image_format(path, where) for paths, _ in found for path in paths}))
+        + " images"
+    )
 
 
 def _fgvc(task: Task, root: Path, halves: list[list[str]], source: str, download: bool) -> Found:
     """VPT's layout: train.json, val.json, test.json; class ids of all three, sorted, become 0..C-1."""
     names = (task.name, *task.aliases)
-    folders = [path for path in (root / "fgvc").glob("*/") if path.name.lower().replace("-", "_") in names]
+    folders = [
+        path for path in (root / "fgvc").glob("*/") if path.name.lower().replace("-", "_") in names
+    ]
     by_hand = (
         f"put the images of {task.origin} into {root / 'fgvc' / task.name} and, beside them, train.json, val.json and "
         f"test.json, which VPT's repository links to (github.com/KMnP/vpt)"
@@ -438,9 +552,17 @@ def _fgvc(task: Task, root: Path, halves: list[list[str]], source: str, download
             splits = originals("oxford_flowers102", root, download)
         except Missing as error:
             raise Missing(f"{error}; or {by_hand}") from None
-        cut = {part: splits[name] for part, name in (("train", "train"), ("val", "validation"), ("test", "test"))}
-        lists = {part: (take(range(len(keys))), labels.tolist()) for part, (keys, labels, take) in cut.items()}
-        found = [tuple(sum((lists[part][i] for part in parts), []) for i in (0, 1)) for parts in halves]
+        cut = {
+            part: splits[name]
+            for part, name in (("train", "train"), ("val", "validation"), ("test", "test"))
+        }
+        lists = {
+            part: (take(range(len(keys))), labels.tolist())
+            for part, (keys, labels, take) in cut.items()
+        }
+        found = [
+            tuple(sum((lists[part][i] for part in parts), []) for i in (0, 1)) for parts in halves
+        ]
         return "original", f"originals, {_encoding(task, found)}", found
     if not folders:
         raise Missing(f"{task.name}: no folder {root / 'fgvc' / task.name}: {by_hand}")
@@ -452,10 +574,14 @@ def _fgvc(task: Task, root: Path, halves: list[list[str]], source: str, download
             if not lists[part] or not all(type(label) is int for label in lists[part].values()):
                 raise ValueError("a class is no integer, or the list is empty")
         except (OSError, ValueError, AttributeError) as error:
-            raise DataError(f"{listing} is no list like {{'<image>': <class>}} ({error}): get it again") from None
+            raise DataError(
+                f"{listing} is no list like {{'<image>': <class>}} ({error}): get it again"
+            ) from None
     ids = sorted({label for labels in lists.values() for label in labels.values()})
     if len(ids) > task.classes:
-        raise DataError(f"{folder}: the lists have {len(ids)} classes, {task.name} has {task.classes}")
+        raise DataError(
+            f"{folder}: the lists have {len(ids)} classes, {task.name} has {task.classes}"
+        )
     found = []
     for parts in halves:
         items = [(f"{folder / part}.json", *item) for part in parts for item in lists[part].items()]
@@ -474,19 +600,30 @@ def _arrays(task: Task, root: Path, halves: list[list[str]], source: str, downlo
             images, labels = file["images"], file["labels"]
     else:
         try:
-            parts = [torchvision.datasets.FashionMNIST(root, train, download=download) for train in (True, False)]
+            parts = [
+                torchvision.datasets.FashionMNIST(root, train, download=download)
+                for train in (True, False)
+            ]
         except (RuntimeError, OSError) as error:
             raise Missing(
                 f"no Fashion-MNIST in {root} and none to download ({str(error).splitlines()[0]}): put its four "
                 f"unpacked files, train-images-idx3-ubyte and so on, into {root / 'FashionMNIST' / 'raw'}"
             ) from error
-        images, labels = (np.concatenate([getattr(p, name) for p in parts]) for name in ("data", "targets"))
+        images, labels = (
+            np.concatenate([getattr(p, name) for p in parts]) for name in ("data", "targets")
+        )
     cut = _count(task, halves[0])
     stop = cut + _count(task, halves[1])
-    return "embedded", task.origin, [(images[part], labels[part]) for part in (slice(cut), slice(cut, stop))]
+    return (
+        "embedded",
+        task.origin,
+        [(images[part], labels[part]) for part in (slice(cut), slice(cut, stop))],
+    )
 
 
 def normalizer(mean: tuple, std: tuple, device: torch.device | str) -> Callable[[Tensor], Tensor]:
     """A function from (B, 3, S, S) uint8 to new float32 images (x / 255 - mean) / std, one value per RGB channel."""
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (mean, std))
-    return lambda images: (images.to(device).float() - mean) / std  # to the device as bytes, a quarter of the way
+    return lambda images: (
+        (images.to(device).float() - mean) / std
+    )  # to the device as bytes, a quarter of the way

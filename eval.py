@@ -43,7 +43,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a missing network: no line for every retry
+        logging.getLogger("huggingface_hub").setLevel(
+            logging.ERROR
+        )  # a missing network: no line for every retry
 
     def error(self, message: str) -> None:
         print(f"{self.prog}: error: {message}", file=sys.stderr)
@@ -63,12 +65,19 @@ def number(kind: type, low: float, high: float, what: str):
 
 
 COUNT, WHOLE = number(int, 1, 2**31, "1 or more"), number(int, 0, 2**31, f"from 0 to {2**31 - 1}")
-FRACTION, POSITIVE = number(float, 0, 1, "in [0, 1)"), number(float, math.ulp(0.0), math.inf, "above 0")
+FRACTION, POSITIVE = (
+    number(float, 0, 1, "in [0, 1)"),
+    number(float, math.ulp(0.0), math.inf, "above 0"),
+)
 
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA if there is one, else Apple's MPS, else the CPU. ModelError for one that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         name = next(kind for kind, present in there.items() if present)
     if not there[name]:
@@ -81,7 +90,10 @@ def provenance(model: nn.Module, checkpoint: str | None, pretrained: bool) -> di
     if models.architecture(model) == "vit_nano" and pretrained:
         checkpoint = checkpoint or models.NANO_FILE
     if checkpoint:
-        return {"tag": f"{models.architecture(model)}:{Path(checkpoint).name}", "sha256": sha256(checkpoint)}
+        return {
+            "tag": f"{models.architecture(model)}:{Path(checkpoint).name}",
+            "sha256": sha256(checkpoint),
+        }
     tag = model.pretrained_cfg.get("tag") if pretrained else "random"
     return {"tag": f"{models.architecture(model)}.{tag}" if tag else models.architecture(model)}
 
@@ -124,7 +136,11 @@ def peak_memory_mb(device: torch.device) -> int | None:
 
 
 def predict(
-    model: nn.Module, images: data.Images, normalize: Callable[[Tensor], Tensor], amp: str = "off", workers: int = 4
+    model: nn.Module,
+    images: data.Images,
+    normalize: Callable[[Tensor], Tensor],
+    amp: str = "off",
+    workers: int = 4,
 ) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) in float32 and labels (N,), on the CPU, in eval mode; every module's mode is restored."""
     device = next(model.parameters()).device
@@ -139,21 +155,44 @@ def predict(
 def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 accuracy in percent and mean cross-entropy in nats."""
     correct = (logits.argmax(1) == labels).sum().item()
-    return {"top1": round(100 * correct / len(labels), 2), "loss": round(F.cross_entropy(logits, labels).item(), 6)}
+    return {
+        "top1": round(100 * correct / len(labels), 2),
+        "loss": round(F.cross_entropy(logits, labels).item(), 6),
+    }
 
 
-def evaluate(model: nn.Module, images: data.Images, normalize: Callable, **kwargs) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, images: data.Images, normalize: Callable, **kwargs
+) -> dict[str, float]:
     """`score` of `predict`."""
     return score(*predict(model, images, normalize, **kwargs))
 
 
 # ViT-B/16 pre-trained on ImageNet-21k: mean of VTAB-1k's groups, mean of its tasks, mean of FGVC's, and how
 PUBLISHED = [
-    ("MLAE (Wang et al. 2024)", 78.8, None, 90.9, "settings searched per task; on what, epoch and seeds not published"),
+    (
+        "MLAE (Wang et al. 2024)",
+        78.8,
+        None,
+        90.9,
+        "settings searched per task; on what, epoch and seeds not published",
+    ),
     ("LoRA, r = 8 (from NOAH)", 74.60, 72.25, None, "best epoch on the test set"),
-    ("GLoRA", 77.97, 75.77, None, "500 epochs and a search per task; on test or on val200, its code has both"),
+    (
+        "GLoRA",
+        77.97,
+        75.77,
+        None,
+        "500 epochs and a search per task; on test or on val200, its code has both",
+    ),
     ("PACE", 79.01, 76.93, 91.5, "settings searched per task on val200, 300 epochs, 3 seeds"),
-    ("full fine-tuning (from VPT)", 68.96, 65.57, 88.54, "lr and weight decay searched per task on val200, 100 epochs"),
+    (
+        "full fine-tuning (from VPT)",
+        68.96,
+        65.57,
+        88.54,
+        "lr and weight decay searched per task on val200, 100 epochs",
+    ),
 ]
 PROTOCOL = "here: the last epoch's weights, scored once; mean ± standard deviation over seeds (their number)"
 NOT_SETTINGS = {"dataset", "seed", "seeds", "val", "data_dir", "source", "checkpoint"}
@@ -175,15 +214,23 @@ def collect(*folders: str | os.PathLike) -> list[dict]:
     runs, files = [], [path for folder in folders for path in Path(folder).rglob("metrics.json")]
     for file in sorted(files, key=lambda path: path.stat().st_mtime):
         try:
-            config, metrics = (json.loads(f.read_text()) for f in (file.with_name("config.json"), file))
+            config, metrics = (
+                json.loads(f.read_text()) for f in (file.with_name("config.json"), file)
+            )
             arguments = config["arguments"]
             top1 = float(metrics["val_top1" if arguments["val"] else "test_top1"])
             task = data.TASKS[metrics["dataset"]]
-            if not {"benchmark", "seed", "data", "model"} <= set(metrics) or "method" not in arguments:
+            if (
+                not {"benchmark", "seed", "data", "model"} <= set(metrics)
+                or "method" not in arguments
+            ):
                 raise ValueError("it lacks what a result holds")
             runs.append({"arguments": arguments, "metrics": metrics, "task": task, "top1": top1})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            print(f"{file.parent} is damaged and left out: remove it or run it again ({error})", file=sys.stderr)
+            print(
+                f"{file.parent} is damaged and left out: remove it or run it again ({error})",
+                file=sys.stderr,
+            )
     return runs
 
 
@@ -203,9 +250,15 @@ def records(runs: list[dict]) -> list[dict]:
         tables.setdefault(place, {}).setdefault(run["task"].name, {})[metrics["seed"]] = metrics
     rows = []
     for (benchmark, split, settings), found in tables.items():
-        rivals = [json.loads(other) for name, part, other in tables if (name, part) == (benchmark, split)]
+        rivals = [
+            json.loads(other) for name, part, other in tables if (name, part) == (benchmark, split)
+        ]
         ours = json.loads(settings)
-        told = [key for key in ours if key != "method" and any(other.get(key) != ours[key] for other in rivals)]
+        told = [
+            key
+            for key in ours
+            if key != "method" and any(other.get(key) != ours[key] for other in rivals)
+        ]
         label = " ".join([ours["method"], *(f"{key}={ours[key]}" for key in told)])
         same = {"benchmark": benchmark, "split": split, "configuration": label}
         tasks = [task for task in data.TASKS.values() if task.benchmark == benchmark]
@@ -214,17 +267,31 @@ def records(runs: list[dict]) -> list[dict]:
             runs_of = found.get(task.name, {})
             scores = {seed: metrics[f"{split}_top1"] for seed, metrics in runs_of.items()}
             about = sorted({metrics["data"] for metrics in runs_of.values()})
-            whole = bool(scores) and all(metrics["benchmark"] == benchmark for metrics in runs_of.values())
+            whole = bool(scores) and all(
+                metrics["benchmark"] == benchmark for metrics in runs_of.values()
+            )
             if whole:
                 official[task.name] = scores
             if scores or benchmark in ("vtab-1k", "fgvc"):
-                row = {"group": task.group, "task": task.name, "official": whole, "data": "; ".join(about)}
-                rows.append(same | row | _over_seeds([scores]) | {"tasks": len(scores) and 1, "of": 1})
+                row = {
+                    "group": task.group,
+                    "task": task.name,
+                    "official": whole,
+                    "data": "; ".join(about),
+                }
+                rows.append(
+                    same | row | _over_seeds([scores]) | {"tasks": len(scores) and 1, "of": 1}
+                )
         if benchmark in ("vtab-1k", "fgvc"):
             groups = {
-                group: [t.name for t in tasks if t.group == group] for group in dict.fromkeys(t.group for t in tasks)
+                group: [t.name for t in tasks if t.group == group]
+                for group in dict.fromkeys(t.group for t in tasks)
             }
-            means = {group: [names] for group, names in groups.items()} if benchmark == "vtab-1k" else {}
+            means = (
+                {group: [names] for group, names in groups.items()}
+                if benchmark == "vtab-1k"
+                else {}
+            )
             means |= {"mean of groups": list(groups.values())} if benchmark == "vtab-1k" else {}
             for name, parts in (means | {"mean of tasks": [[task.name for task in tasks]]}).items():
                 there = [[official[task] for task in part if task in official] for part in parts]
@@ -244,8 +311,14 @@ def _over_seeds(*groups: list[dict[int, float]]) -> dict:
     if not all(tasks):
         return {"top1": None, "std": None, "seeds": 0}
     if any(sorted(scores) != seeds for scores in tasks):
-        groups, seeds = [[{0: statistics.mean(scores.values())} for scores in group] for group in groups], [0]
-    values = [statistics.mean(statistics.mean(scores[seed] for scores in group) for group in groups) for seed in seeds]
+        groups, seeds = (
+            [[{0: statistics.mean(scores.values())} for scores in group] for group in groups],
+            [0],
+        )
+    values = [
+        statistics.mean(statistics.mean(scores[seed] for scores in group) for group in groups)
+        for seed in seeds
+    ]
     std = round(statistics.stdev(values), 2) if len(values) > 1 else None
     return {"top1": round(statistics.mean(values), 2), "std": std, "seeds": min(map(len, tasks))}
 
@@ -253,7 +326,10 @@ def _over_seeds(*groups: list[dict[int, float]]) -> dict:
 def tabulate(runs: list[dict], form: str = "markdown") -> str:
     """The table of `runs` as markdown, csv, json or latex, with the published rows and how they were obtained."""
     rows = records(runs)
-    published = [dict(zip(("method", "groups", "tasks", "fgvc", "protocol"), row, strict=True)) for row in PUBLISHED]
+    published = [
+        dict(zip(("method", "groups", "tasks", "fgvc", "protocol"), row, strict=True))
+        for row in PUBLISHED
+    ]
     if form == "json":
         return json.dumps({"runs": rows, "published": published}, indent=1)
     if form == "csv":
@@ -269,8 +345,15 @@ def tabulate(runs: list[dict], form: str = "markdown") -> str:
             ):
                 if row[key]:
                     name = f"published: {row['method']}"
-                    same = {"benchmark": benchmark, "split": "test", "configuration": name, "group": "mean"}
-                    writer.writerow(same | {"task": task, "top1": row[key], "data": row["protocol"]})
+                    same = {
+                        "benchmark": benchmark,
+                        "split": "test",
+                        "configuration": name,
+                        "group": "mean",
+                    }
+                    writer.writerow(
+                        same | {"task": task, "top1": row[key], "data": row["protocol"]}
+                    )
         return file.getvalue().rstrip()
     draw, parts = {"markdown": _markdown, "latex": _latex}[form], []
     for benchmark, split in dict.fromkeys((row["benchmark"], row["split"]) for row in rows):
@@ -289,7 +372,9 @@ def tabulate(runs: list[dict], form: str = "markdown") -> str:
                 parts.append(f"PARTIAL, no {benchmark} result: {row['configuration']} has {there}.")
         parts.append(draw(lines))
         if any("*" in cell for line in lines for cell in line):
-            parts.append(f"* not a result on {benchmark}: the data are a subset or not the official ones; in no mean.")
+            parts.append(
+                f"* not a result on {benchmark}: the data are a subset or not the official ones; in no mean."
+            )
     parts.append(PROTOCOL)
     if not any(row["benchmark"] in ("vtab-1k", "fgvc") for row in rows):
         return "\n\n".join(parts)
@@ -308,8 +393,13 @@ def summarize(results: list[dict], name: str) -> dict:
     row = rows[{"vtab": "mean of groups", "fgvc": "mean of tasks"}.get(name, name)]
     seeds = sorted({result["seed"] for result in results})
     whole = row["seeds"] == len(seeds) and (row["official"] or name not in data.SUITES)
-    summary = {key: value for key, value in results[0].items() if all(r.get(key) == value for r in results)}
-    lists = {key: [result[key] for result in results] for key in ("trainable_parameters", "head_parameters", "run")}
+    summary = {
+        key: value for key, value in results[0].items() if all(r.get(key) == value for r in results)
+    }
+    lists = {
+        key: [result[key] for result in results]
+        for key in ("trainable_parameters", "head_parameters", "run")
+    }
     return (
         {key: values for key, values in lists.items() if key not in summary}
         | summary
@@ -327,7 +417,11 @@ def summarize(results: list[dict], name: str) -> dict:
 def _cell(row: dict) -> str:
     if row["top1"] is None:
         return "-"
-    text = f"{row['top1']:.2f}" + (f" ± {row['std']:.2f}" if row["std"] is not None else "") + f" ({row['seeds']})"
+    text = (
+        f"{row['top1']:.2f}"
+        + (f" ± {row['std']:.2f}" if row["std"] is not None else "")
+        + f" ({row['seeds']})"
+    )
     if row["group"] == "mean":
         return text if row["official"] else f"{text} [{row['tasks']} of {row['of']} tasks]"
     return text if row["official"] else f"{text} *"
@@ -335,7 +429,10 @@ def _cell(row: dict) -> str:
 
 def _markdown(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    text = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
     return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
 
 
@@ -347,15 +444,38 @@ def _latex(lines: list[list[str]]) -> str:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="a run's folder, or one that holds runs, for the table")
-    parser.add_argument(
-        "--format", choices=["markdown", "csv", "json", "latex"], default="markdown", help="of the table"
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--data-dir", help="where the data are now (default: where they were in training)")
-    parser.add_argument("--checkpoint", help="where the backbone's file is now (default: where it was in training)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: the fastest")
-    parser.add_argument("--workers", type=WHOLE, default=4, help="processes that decode images (default: 4; 0: none)")
+    parser.add_argument(
+        "run", type=Path, help="a run's folder, or one that holds runs, for the table"
+    )
+    parser.add_argument(
+        "--format",
+        choices=["markdown", "csv", "json", "latex"],
+        default="markdown",
+        help="of the table",
+    )
+    parser.add_argument(
+        "--data-dir", help="where the data are now (default: where they were in training)"
+    )
+    parser.add_argument(
+        "--checkpoint", help="where the backbone's file is now (default: where it was in training)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda", "mps"],
+        default="auto",
+        help="default: the fastest",
+    )
+    parser.add_argument(
+        "--workers",
+        type=WHOLE,
+        default=4,
+        help="processes that decode images (default: 4; 0: none)",
+    )
     args = parser.parse_args()
     try:
         if args.run.is_dir() and not (args.run / "config.json").exists():
@@ -387,17 +507,30 @@ def check(args: argparse.Namespace) -> bool:
     there = provenance(model, config["create"]["checkpoint"], config["create"]["pretrained"])
     key = "sha256" if "sha256" in weights else "tag"  # a file may have another name now
     if there.get(key) != weights[key]:
-        raise models.ModelError(f"{args.run} was trained on {weights['tag']}, not on {there['tag']} ({key} differs)")
+        raise models.ModelError(
+            f"{args.run} was trained on {weights['tag']}, not on {there['tag']} ({key} differs)"
+        )
     models.load_adapter(model, args.run / "adapter.safetensors")
     model.to(device)
     normalize = data.normalizer(config["mean"], config["std"], device)
 
-    counts, method, dataset = models.count_parameters(model), arguments["method"], arguments["dataset"]
+    counts, method, dataset = (
+        models.count_parameters(model),
+        arguments["method"],
+        arguments["dataset"],
+    )
     print(f"{method} on {dataset}, {weights['tag']}, seed {arguments['seed']}: {images.about}")
-    print(f"parameters: {counts['trainable_parameters']:,} trained, of them {counts['head_parameters']:,} in the head")
+    print(
+        f"parameters: {counts['trainable_parameters']:,} trained, of them {counts['head_parameters']:,} in the head"
+    )
     if (args.run / "metrics.json").exists():
-        metrics, split = json.loads((args.run / "metrics.json").read_text()), "val" if arguments["val"] else "test"
-        print(f"reported  top-1 {metrics[f'{split}_top1']:.2f} %   loss {metrics[f'{split}_loss']:.6f}")
+        metrics, split = (
+            json.loads((args.run / "metrics.json").read_text()),
+            "val" if arguments["val"] else "test",
+        )
+        print(
+            f"reported  top-1 {metrics[f'{split}_top1']:.2f} %   loss {metrics[f'{split}_loss']:.6f}"
+        )
     logits = []
     for name, net in (("unmerged", model), ("merged", models.merge(model))):
         output, labels = predict(net, images, normalize, config["amp"], args.workers)
@@ -406,7 +539,9 @@ def check(args: argparse.Namespace) -> bool:
         logits.append(output)
     difference = (logits[0] - logits[1]).abs().max().item()
     agree = difference <= 1e-4
-    print(f"largest difference of a logit {difference:.1e}: {'they agree' if agree else 'they do not agree'}")
+    print(
+        f"largest difference of a logit {difference:.1e}: {'they agree' if agree else 'they do not agree'}"
+    )
     return agree
 
 

@@ -65,8 +65,12 @@ class _FoldedLinear(torch.autograd.Function):
         g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (N, out), (N, in)
         P = (g @ B.to(g.dtype)).T @ x  # (r, in)
         dA, dc = P * c[:, None], (P * A).sum(1)  # (r, in), (r,)
-        dB = ((x @ A.to(x.dtype).T).T @ g).T * c  # (out, r); as g.T @ h it takes more than twice the time on a CPU
-        dweight = g.T @ x if need_weight else None  # (out, in), only for a caller who thawed the layer
+        dB = (
+            (x @ A.to(x.dtype).T).T @ g
+        ).T * c  # (out, r); as g.T @ h it takes more than twice the time on a CPU
+        dweight = (
+            g.T @ x if need_weight else None
+        )  # (out, in), only for a caller who thawed the layer
         dbias = g.sum(0) if need_bias else None  # (out,)
         return dx, dweight, dbias, dA, dB, dc, None
 
@@ -106,7 +110,13 @@ class MLAELinear(nn.Linear):
     ) -> None:
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank must be an integer of at least 1, not {rank!r}")
-        super().__init__(in_features, out_features, bias, device=device if _frozen is None else "meta", dtype=dtype)
+        super().__init__(
+            in_features,
+            out_features,
+            bias,
+            device=device if _frozen is None else "meta",
+            dtype=dtype,
+        )
         if _frozen is not None:
             self.weight, self.bias = _frozen.weight, _frozen.bias
         self.rank, self.mask_prob = rank, mask_prob
@@ -119,7 +129,10 @@ class MLAELinear(nn.Linear):
         self.register_buffer("expert_mask", mask.to(**like))
         if rows is not None:
             rows = torch.as_tensor(rows, dtype=torch.long, device="cpu")
-            if not 0 < len(rows) == len(rows.unique()) or not 0 <= rows.min() <= rows.max() < out_features:
+            if (
+                not 0 < len(rows) == len(rows.unique())
+                or not 0 <= rows.min() <= rows.max() < out_features
+            ):
                 raise ValueError(f"rows must be different row numbers from 0 to {out_features - 1}")
             rows = rows.to(self.weight.device)
         self.register_buffer("rows", rows)
@@ -127,7 +140,9 @@ class MLAELinear(nn.Linear):
             parameter.requires_grad_(False)
 
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(out_features if rows is None else len(rows), rank, **like))
+        self.lora_B = nn.Parameter(
+            torch.zeros(out_features if rows is None else len(rows), rank, **like)
+        )
         self.lora_lambda = nn.Parameter(torch.full((rank,), float(coef_init), **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         with torch.no_grad():
@@ -144,7 +159,13 @@ class MLAELinear(nn.Linear):
         if isinstance(linear, MLAELinear):
             raise ValueError("the layer has experts already; merge them first with to_linear()")
         kwargs.setdefault("dtype", torch.promote_types(linear.weight.dtype, torch.float32))
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, _frozen=linear, **kwargs)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            _frozen=linear,
+            **kwargs,
+        )
         return layer.train(linear.training)
 
     @property
@@ -169,26 +190,43 @@ class MLAELinear(nn.Linear):
     def _full_B(self) -> Tensor:
         if self.rows is None:
             return self.lora_B
-        return self.lora_B.new_zeros(self.out_features, self.rank).index_copy(0, self.rows, self.lora_B)  # (out, rank)
+        return self.lora_B.new_zeros(self.out_features, self.rank).index_copy(
+            0, self.rows, self.lora_B
+        )  # (out, rank)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype, device = self.weight.dtype, x.device.type
-        if not x.is_meta and torch.is_autocast_enabled(device) and torch.float64 not in (dtype, x.dtype):
+        if (
+            not x.is_meta
+            and torch.is_autocast_enabled(device)
+            and torch.float64 not in (dtype, x.dtype)
+        ):
             dtype = torch.get_autocast_dtype(device)
         elif x.dtype != dtype:
             raise RuntimeError(f"input is {x.dtype} but the layer's weight is {dtype}")
-        return _FoldedLinear.apply(x, self.weight, self.bias, self.lora_A, self._full_B(), self.coefficients(), dtype)
+        return _FoldedLinear.apply(
+            x, self.weight, self.bias, self.lora_A, self._full_B(), self.coefficients(), dtype
+        )
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """B diag(lambda) A (out, in) as eval mode adds it to `weight`, in float32 or wider."""
-        return _fold(torch.zeros_like(self.weight), self.lora_A, self._full_B(), self.lora_lambda * self.expert_mask)
+        return _fold(
+            torch.zeros_like(self.weight),
+            self.lora_A,
+            self._full_B(),
+            self.lora_lambda * self.expert_mask,
+        )
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """A plain nn.Linear that computes what this layer computes in eval mode; this layer is left as it is."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        merged = _fold(self.weight, self.lora_A, self._full_B(), self.lora_lambda * self.expert_mask)
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta"
+        )
+        merged = _fold(
+            self.weight, self.lora_A, self._full_B(), self.lora_lambda * self.expert_mask
+        )
         linear.weight = nn.Parameter(merged.to(self.weight.dtype).contiguous())
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.clone())
@@ -235,11 +273,15 @@ def mask_rates(pattern: str, num_layers: int, mask_prob: float) -> Tensor:
         return flat
     pos = torch.linspace(0, 1, num_layers, dtype=torch.float64, device="cpu")
     edge = (2 * pos - 1).abs()
-    shape = {"incremental": 1 - pos, "decremental": pos, "hourglass": 1 - edge, "protruding": edge}[pattern]
+    shape = {"incremental": 1 - pos, "decremental": pos, "hourglass": 1 - edge, "protruding": edge}[
+        pattern
+    ]
     highest, cut = 0.99, flat < 0
     if mask_prob * num_layers > highest * (shape > 0).sum():
         reach = highest * (shape > 0).double().mean()
-        raise ValueError(f"{pattern} over {num_layers} layers reaches a mean of {reach:.2f} at most, not {mask_prob}")
+        raise ValueError(
+            f"{pattern} over {num_layers} layers reaches a mean of {reach:.2f} at most, not {mask_prob}"
+        )
     while True:
         budget = mask_prob * num_layers - highest * int(cut.sum())
         rates = torch.where(cut, highest, shape * budget / shape[~cut].sum().clamp_min(1e-12))
@@ -249,7 +291,11 @@ def mask_rates(pattern: str, num_layers: int, mask_prob: float) -> Tensor:
 
 
 def fixed_masks(
-    pattern: str, num_layers: int, rank: int, mask_prob: float, generator: torch.Generator | None = None
+    pattern: str,
+    num_layers: int,
+    rank: int,
+    mask_prob: float,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Fixed masks M (num_layers, rank) of 0. and 1.: row l keeps about rank * (1 - mask_rates[l]) random experts.
 
@@ -261,11 +307,15 @@ def fixed_masks(
     want = rank * (1 - mask_rates(pattern, num_layers, mask_prob))
     keep = want.round().clamp(1, rank)
     total = num_layers * max(1, round(rank * (1 - mask_prob)))
-    while (gap := total - int(keep.sum())) != 0:  # rounding drifted: move the layer that is furthest off its wish
+    while (
+        gap := total - int(keep.sum())
+    ) != 0:  # rounding drifted: move the layer that is furthest off its wish
         step = 1 if gap > 0 else -1
         room = keep < rank if gap > 0 else keep > 1
         keep[torch.where(room, (keep - want) * step, torch.inf).argmin()] += step
-    order = torch.rand(num_layers, rank, generator=generator, device="cpu").argsort(dim=1)  # random permutations
+    order = torch.rand(num_layers, rank, generator=generator, device="cpu").argsort(
+        dim=1
+    )  # random permutations
     return (order < keep[:, None]).float()
 
 

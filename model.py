@@ -56,7 +56,9 @@ def input_size(name: str) -> int:
         return NANO["img_size"]
     if not name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-        raise ModelError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        raise ModelError(
+            f"timm has no model {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
     try:
         cfg = timm.get_pretrained_cfg(name)
     except RuntimeError:  # the architecture is known, the tag is not
@@ -98,7 +100,10 @@ def create(
     input_size(name)  # raises for a name that timm does not know
     source, arguments = name, {"num_classes": num_classes}
     if name == "vit_nano":
-        source, arguments = "vit_tiny_patch16_224", {**arguments, **NANO, "pretrained_cfg_overlay": NANO_CFG}
+        source, arguments = (
+            "vit_tiny_patch16_224",
+            {**arguments, **NANO, "pretrained_cfg_overlay": NANO_CFG},
+        )
         checkpoint = checkpoint or (NANO_FILE if pretrained else None)
     arguments |= {"img_size": img_size} if img_size else {}
     arguments |= {"drop_path_rate": drop_path} if drop_path else {}
@@ -110,21 +115,39 @@ def create(
                 raise
             del arguments["img_size"]  # a convolutional network takes images of any size
             model = timm.create_model(source, pretrained=pretrained and not checkpoint, **arguments)
-    except Exception as error:  # whatever timm and the hub raise for a size, an argument or a download that fails
+    except (
+        Exception
+    ) as error:  # whatever timm and the hub raise for a size, an argument or a download that fails
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        reason += "; without a network, give the weights with --checkpoint" if pretrained and not checkpoint else ""
-        raise ModelError(f"timm cannot make {name} ({img_size=}, {drop_path=}): {reason}") from error
+        reason += (
+            "; without a network, give the weights with --checkpoint"
+            if pretrained and not checkpoint
+            else ""
+        )
+        raise ModelError(
+            f"timm cannot make {name} ({img_size=}, {drop_path=}): {reason}"
+        ) from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     patch = patch if isinstance(patch, int) else patch[0]
     if (img_size or 0) % patch:
-        raise ModelError(f"img_size {img_size} is not a multiple of {name}'s patch size {patch}: pixels would be lost")
+        raise ModelError(
+            f"img_size {img_size} is not a multiple of {name}'s patch size {patch}: pixels would be lost"
+        )
     if checkpoint:
         load_checkpoint(model, checkpoint)
     if method == "full":
         return model
     freeze(model)
     if method == "mlae":
-        inject(model, targets, rank=rank, mask_prob=mask_prob, masking=masking, pattern=pattern, coef_init=coef_init)
+        inject(
+            model,
+            targets,
+            rank=rank,
+            mask_prob=mask_prob,
+            masking=masking,
+            pattern=pattern,
+            coef_init=coef_init,
+        )
     elif method == "lora":
         inject(model, targets, rank=rank, mask_prob=0.0, coef_init=coef_init)
         for layer in experts(model).values():
@@ -136,12 +159,18 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     """The classifier's modules by path: one, or two in a distilled DeiT; none in a model that timm did not make."""
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else ()
     wanted = classifier if isinstance(classifier, (tuple, list)) else [classifier]
-    return {name: module for name, module in model.named_modules() if any(module is head for head in wanted)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(module is head for head in wanted)
+    }
 
 
 def experts(model: nn.Module) -> dict[str, MLAELinear]:
     """The injected layers by path, in the order of `model.named_modules()`."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MLAELinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, MLAELinear)
+    }
 
 
 def freeze(model: nn.Module) -> None:
@@ -163,7 +192,11 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
         if path.suffix == ".npz":
             model.load_pretrained(str(path))
             return
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, "cpu", weights_only=True)
+        )
         for wrapper in ("state_dict", "model"):
             state = state.get(wrapper, state)
         adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -177,15 +210,21 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
     _load_strictly(model, state, own, f"checkpoint {path}")
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor], file: str) -> None:
+def _load_strictly(
+    model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor], file: str
+) -> None:
     """Load `state` if it has exactly the keys and shapes of `own`, a part of the model's state; else ModelError."""
     for what, keys in {
         "has unknown": [key for key in state if key not in own],
         "lacks": [key for key in own if key not in state],
-        "has other shapes (rank, classes, size) in": [k for k in own if k in state and state[k].shape != own[k].shape],
+        "has other shapes (rank, classes, size) in": [
+            k for k in own if k in state and state[k].shape != own[k].shape
+        ],
     }.items():
         if keys:
-            raise ModelError(f"{file} does not fit {architecture(model)} as it was made: it {what} {_few(keys)}")
+            raise ModelError(
+                f"{file} does not fit {architecture(model)} as it was made: it {what} {_few(keys)}"
+            )
     model.load_state_dict(state, strict=False)
 
 
@@ -229,7 +268,9 @@ def inject(
         layers = {}
         for (name, rows), rate, mask in zip(chosen.items(), rates, masks, strict=True):
             per_layer = {"mask_prob": rate, "expert_mask": mask, "rows": rows}
-            layers[name] = MLAELinear.from_linear(model.get_submodule(name), rank=rank, **per_layer, **kwargs)
+            layers[name] = MLAELinear.from_linear(
+                model.get_submodule(name), rank=rank, **per_layer, **kwargs
+            )
     except ValueError as error:
         raise ModelError(str(error)) from error
     freeze(model)
@@ -249,41 +290,67 @@ def find_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, list[int]
     linears = {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and not f"{name}.".startswith(barred) and "patch_embed" not in name
+        if type(module) is nn.Linear
+        and not f"{name}.".startswith(barred)
+        and "patch_embed" not in name
     }
     chosen: dict[str, set[int]] = {}
     for target in targets:
-        hits = {name: range(m.out_features) for name, m in linears.items() if f".{name}".endswith(f".{target}")}
+        hits = {
+            name: range(m.out_features)
+            for name, m in linears.items()
+            if f".{name}".endswith(f".{target}")
+        }
         stem, _, part = f".{target}".rpartition(".")
         if not hits and part in ("q", "k", "v"):  # a third of a fused layer
             fused = {name: m for name, m in linears.items() if f".{name}".endswith(f"{stem}.qkv")}
             for name, module in fused.items():
                 n, parent = module.out_features // 3, model.get_submodule(name.rpartition(".")[0])
-                if type(parent).__module__.rpartition(".")[2] in INTERLEAVED or module.out_features % 3:
+                if (
+                    type(parent).__module__.rpartition(".")[2] in INTERLEAVED
+                    or module.out_features % 3
+                ):
                     raise ModelError(
                         f"target {target!r}: {name} of {architecture(model)} has no {part} rows of its own"
                     )
                 hits[name] = range("qkv".index(part) * n, ("qkv".index(part) + 1) * n)
         if not hits:
-            ends = Counter(".".join([p for p in name.split(".") if not p.isdigit()][-2:]) for name in linears)
+            ends = Counter(
+                ".".join([p for p in name.split(".") if not p.isdigit()][-2:]) for name in linears
+            )
             there = ", ".join(f"{end} ({count})" for end, count in ends.items()) or "none"
-            raise ModelError(f"target {target!r} matches no linear layer of {architecture(model)}; there are: {there}")
+            raise ModelError(
+                f"target {target!r} matches no linear layer of {architecture(model)}; there are: {there}"
+            )
         for name, rows in hits.items():
             chosen.setdefault(name, set()).update(rows)
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    owners = Counter(
+        id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)
+    )
     for name in chosen:
         if owners[id(linears[name].weight)] > 1:
-            raise ModelError(f"the weight of {name} is tied to another layer's; experts on it would change only one")
-    rows = {name: None if len(r) == linears[name].out_features else sorted(r) for name, r in chosen.items()}
+            raise ModelError(
+                f"the weight of {name} is tied to another layer's; experts on it would change only one"
+            )
+    rows = {
+        name: None if len(r) == linears[name].out_features else sorted(r)
+        for name, r in chosen.items()
+    }
     return {name: rows[name] for name in linears if name in rows}
 
 
 def _check_called(model: nn.Module, layers: dict[str, MLAELinear]) -> None:
     """ModelError if a forward does not call a layer: BEiT's and Swin v2's attention use `self.qkv.weight` instead."""
     called = set()
-    hooks = [layer.register_forward_hook(lambda layer, *_: called.add(layer)) for layer in layers.values()]
+    hooks = [
+        layer.register_forward_hook(lambda layer, *_: called.add(layer))
+        for layer in layers.values()
+    ]
     weight = next(iter(layers.values())).weight
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][-2:]
+    size = (
+        getattr(getattr(model, "patch_embed", None), "img_size", None)
+        or model.pretrained_cfg["input_size"][-2:]
+    )
     try:
         with eval_mode(model), torch.no_grad():
             model(torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype))
@@ -294,7 +361,9 @@ def _check_called(model: nn.Module, layers: dict[str, MLAELinear]) -> None:
             hook.remove()
     silent = [name for name, layer in layers.items() if layer not in called]
     if silent:
-        raise ModelError(f"{architecture(model)} reads the weight of {_few(silent)} without calling the layer")
+        raise ModelError(
+            f"{architecture(model)} reads the weight of {_few(silent)} without calling the layer"
+        )
 
 
 def recompute_blocks(model: nn.Module) -> None:
@@ -302,7 +371,9 @@ def recompute_blocks(model: nn.Module) -> None:
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):
-        raise ModelError(f"--grad-checkpoint: {architecture(model)} cannot recompute its blocks") from None
+        raise ModelError(
+            f"--grad-checkpoint: {architecture(model)} cannot recompute its blocks"
+        ) from None
 
 
 @contextmanager
@@ -327,7 +398,9 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return {
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "head_parameters": sum(p.numel() for head in heads(model).values() for p in head.parameters()),
+        "head_parameters": sum(
+            p.numel() for head in heads(model).values() for p in head.parameters()
+        ),
     }
 
 
@@ -356,11 +429,16 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> dict:
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata, state = (
+                file.metadata() or {},
+                {key: file.get_tensor(key) for key in file.keys()},
+            )  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise ModelError(f"cannot read adapter {path}: {error}") from error
     if metadata.get("architecture") != architecture(model):
-        raise ModelError(f"adapter {path} is for {metadata.get('architecture')}, not for {architecture(model)}")
+        raise ModelError(
+            f"adapter {path} is for {metadata.get('architecture')}, not for {architecture(model)}"
+        )
     _load_strictly(model, state, adapter_state(model), f"adapter {path}")
     return json.loads(metadata.get("config", "{}"))
 

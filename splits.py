@@ -31,7 +31,12 @@ import numpy as np
 from PIL import Image
 from torchvision import datasets
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # how Pillow says that a file is no image
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+)  # how Pillow says that a file is no image
 ARCHIVES = {".gz", ".tgz", ".zip", ".tar"}
 FAILURES = (
     OSError,
@@ -58,7 +63,9 @@ def tfds_order(keys: Iterable, split: str) -> list:
     The order is by md5(split + str(key)) in UTF-8, read as a big-endian integer, that is by its 16 bytes. The name is
     TFDS's own: "train", "validation" or "test".
     """
-    return sorted(keys, key=lambda key: hashlib.md5(f"{split}{key}".encode(), usedforsecurity=False).digest())
+    return sorted(
+        keys, key=lambda key: hashlib.md5(f"{split}{key}".encode(), usedforsecurity=False).digest()
+    )
 
 
 # One reader for each data set: {split: (keys, labels, take)}, where take(rows) gives those rows' images, as a list of
@@ -81,7 +88,9 @@ def _cifar(root: Path) -> Splits:
 
 def _svhn(root: Path) -> Splits:
     parts = {name: datasets.SVHN(root, name) for name in ("train", "test")}
-    return {name: _rows(part.data.transpose(0, 2, 3, 1), part.labels) for name, part in parts.items()}
+    return {
+        name: _rows(part.data.transpose(0, 2, 3, 1), part.labels) for name, part in parts.items()
+    }
 
 
 def _caltech101(root: Path) -> Splits:
@@ -97,18 +106,27 @@ def _caltech101(root: Path) -> Splits:
         for file in files:
             if file.endswith(".jpg"):
                 keys["train" if file in chosen else "test"].append(f"{name}/{file}")
-    return {split: _files(folder, ks, [names.index(key.split("/")[0]) for key in ks]) for split, ks in keys.items()}
+    return {
+        split: _files(folder, ks, [names.index(key.split("/")[0]) for key in ks])
+        for split, ks in keys.items()
+    }
 
 
 def _dtd(root: Path) -> Splits:
     folder, parts = root / "dtd" / "dtd", {}
     classes = sorted(path.name for path in (folder / "images").iterdir() if path.is_dir())
-    for split, listing in (("train", "train1.txt"), ("validation", "val1.txt"), ("test", "test1.txt")):
+    for split, listing in (
+        ("train", "train1.txt"),
+        ("validation", "val1.txt"),
+        ("test", "test1.txt"),
+    ):
         keys, labels = [], []
         for where, line in lines(folder / "labels" / listing):
             keys.append(inside(line, where))
             if line.split("/")[0] not in classes:
-                raise DataError(f"{where}: there is no class {line.split('/')[0]} in {folder / 'images'}")
+                raise DataError(
+                    f"{where}: there is no class {line.split('/')[0]} in {folder / 'images'}"
+                )
             labels.append(classes.index(line.split("/")[0]))
         parts[split] = _files(folder / "images", keys, labels)
     return parts
@@ -118,12 +136,17 @@ def _flowers(root: Path) -> Splits:
     from scipy.io import loadmat
 
     folder, parts = root / "flowers-102", {}
-    ids, labels = loadmat(folder / "setid.mat"), loadmat(folder / "imagelabels.mat")["labels"].ravel().astype(int) - 1
+    ids, labels = (
+        loadmat(folder / "setid.mat"),
+        loadmat(folder / "imagelabels.mat")["labels"].ravel().astype(int) - 1,
+    )
     for split, name in (("train", "trnid"), ("validation", "valid"), ("test", "tstid")):
         numbers = ids[name].ravel().astype(int)
         if numbers.min() < 1 or numbers.max() > len(labels):
             raise DataError(f"{folder / 'setid.mat'}: {name} names images outside 1..{len(labels)}")
-        parts[split] = _files(folder / "jpg", [f"image_{i:05d}.jpg" for i in numbers], labels[numbers - 1])
+        parts[split] = _files(
+            folder / "jpg", [f"image_{i:05d}.jpg" for i in numbers], labels[numbers - 1]
+        )
     return parts
 
 
@@ -136,7 +159,9 @@ def _pets(root: Path) -> Splits:
                 name, label, _, _ = line.split()
                 labels.append(int(label) - 1)
             except ValueError:
-                raise DataError(f"{where}: expected '<name> <class> <species> <breed>', found {line!r}") from None
+                raise DataError(
+                    f"{where}: expected '<name> <class> <species> <breed>', found {line!r}"
+                ) from None
             keys.append(inside(f"{name}.jpg", where))
         parts[split] = _files(folder / "images", keys, labels)
     return parts
@@ -151,14 +176,20 @@ def _eurosat(root: Path) -> Splits:
     return {"train": (keys, labels, lambda rows: [paths[row] for row in rows])}
 
 
-PCAM = {"train": "train", "validation": "valid", "test": "test"}  # the keys have these, the order those
+PCAM = {
+    "train": "train",
+    "validation": "valid",
+    "test": "test",
+}  # the keys have these, the order those
 
 
 def _pcam(root: Path) -> Splits:
     import h5py
 
     def part(name: str) -> tuple:
-        images, targets = (root / "pcam" / f"camelyonpatch_level_2_split_{name}_{kind}.h5" for kind in "xy")
+        images, targets = (
+            root / "pcam" / f"camelyonpatch_level_2_split_{name}_{kind}.h5" for kind in "xy"
+        )
         with h5py.File(targets) as file:
             labels = file["y"][:].ravel().astype(int)
 
@@ -175,7 +206,9 @@ def _pcam(root: Path) -> Splits:
 def _dsprites(root: Path, label: Callable[[np.ndarray], np.ndarray]) -> Splits:
     with np.load(find(root, "dsprites_ndarray_*64x64.npz")) as file:
         images, latents = file["imgs"], file["latents_classes"]  # (N, 64, 64) of 0 and 1, (N, 6)
-    return {"train": (range(len(images)), label(latents), lambda rows: images[rows] * np.uint8(255))}
+    return {
+        "train": (range(len(images)), label(latents), lambda rows: images[rows] * np.uint8(255))
+    }
 
 
 def _smallnorb(root: Path, label: Callable[[np.ndarray], np.ndarray]) -> Splits:
@@ -188,11 +221,15 @@ def _smallnorb(root: Path, label: Callable[[np.ndarray], np.ndarray]) -> Splits:
         if magic not in kinds or not 1 <= ndim <= 8:
             raise DataError(f"{path} is not a matrix file of small NORB: get it again")
         shape = np.frombuffer(raw, "<i4", ndim, offset=8)
-        return np.frombuffer(raw, kinds[magic], int(np.prod(shape)), offset=8 + 4 * max(3, ndim)).reshape(shape)
+        return np.frombuffer(
+            raw, kinds[magic], int(np.prod(shape)), offset=8 + 4 * max(3, ndim)
+        ).reshape(shape)
 
     parts = {}
     for split, part in (("train", "training"), ("test", "testing")):
-        parts[split] = _rows(matrix(part, "dat")[:, 0], label(matrix(part, "info")))  # the first of two cameras
+        parts[split] = _rows(
+            matrix(part, "dat")[:, 0], label(matrix(part, "info"))
+        )  # the first of two cameras
     return parts
 
 
@@ -201,7 +238,9 @@ def _clevr(root: Path, label: Callable[[list[dict]], int]) -> Splits:
     for split, name in (("train", "train"), ("validation", "val")):
         scenes = json.loads((folder / "scenes" / f"CLEVR_{name}_scenes.json").read_text())["scenes"]
         labels = {inside(s["image_filename"], folder): label(s["objects"]) for s in scenes}
-        parts[split] = _files(folder / "images" / name, sorted(labels), [labels[key] for key in sorted(labels)])
+        parts[split] = _files(
+            folder / "images" / name, sorted(labels), [labels[key] for key in sorted(labels)]
+        )
     return parts
 
 
@@ -218,7 +257,10 @@ def clevr_distance(objects: list[dict]) -> int:
 def kitti_distance(label_file: str) -> int:
     """The class 0..3 of the distance of the nearest car, van or truck: to 8 m, to 20 m, farther, none."""
     fields = [line.split() for line in label_file.splitlines()]
-    return _edges([-100, 8, 20, 999], min([1000.0, *(float(f[13]) for f in fields if f[0] in ("Car", "Van", "Truck"))]))
+    return _edges(
+        [-100, 8, 20, 999],
+        min([1000.0, *(float(f[13]) for f in fields if f[0] in ("Car", "Van", "Truck"))]),
+    )
 
 
 def _kitti(root: Path) -> Splits:
@@ -235,8 +277,15 @@ def _kitti(root: Path) -> Splits:
     keys = {split: [] for split in ("train", "validation", "test")}
     for image, video in videos.items():
         keys[split_of.get(video, "train")].append(f"{image:06d}.png")
-    classes = {key: kitti_distance((labels / f"{key[:6]}.txt").read_text()) for ks in keys.values() for key in ks}
-    return {split: _files(labels.parent / "image_2", ks, [classes[key] for key in ks]) for split, ks in keys.items()}
+    classes = {
+        key: kitti_distance((labels / f"{key[:6]}.txt").read_text())
+        for ks in keys.values()
+        for key in ks
+    }
+    return {
+        split: _files(labels.parent / "image_2", ks, [classes[key] for key in ks])
+        for split, ks in keys.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -336,7 +385,9 @@ def originals(name: str, root: Path, download: bool = True) -> Splits:
             raise
         except FAILURES as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise Missing(f"{name}: the download failed ({reason[0]}) and there is {by_hand}") from error
+            raise Missing(
+                f"{name}: the download failed ({reason[0]}) and there is {by_hand}"
+            ) from error
     where = f"{name}: the originals at {find(root, original.place[0])}"
     try:
         parts = original.read(root)
@@ -344,17 +395,25 @@ def originals(name: str, root: Path, download: bool = True) -> Splits:
         raise
     except Exception as error:  # whatever a damaged file makes its reader raise
         reason = str(error).split(". ")[0].splitlines() or [type(error).__name__]
-        raise DataError(f"{where} are damaged ({reason[0]}): get them again ({original.get})") from error
+        raise DataError(
+            f"{where} are damaged ({reason[0]}): get them again ({original.get})"
+        ) from error
     for split, count in original.counts.items():
         keys, labels, _ = parts[split]
         if not len(keys) == len(set(keys)) == len(labels) == count:
             found = f"{len(set(keys))} {split} images and {len(labels)} labels, not {count}"
-            raise DataError(f"{where} have {found}: remove them and get them again ({original.get})")
+            raise DataError(
+                f"{where} have {found}: remove them and get them again ({original.get})"
+            )
     return parts
 
 
 def official(
-    name: str, root: Path, halves: Iterable[Iterable[str]], sizes: tuple[int, int, int], download: bool = True
+    name: str,
+    root: Path,
+    halves: Iterable[Iterable[str]],
+    sizes: tuple[int, int, int],
+    download: bool = True,
 ) -> list[tuple[list[Path] | np.ndarray, np.ndarray]]:
     """(images, labels) for each list of parts ("train", "val", "test"; `sizes` are theirs): the VTAB-1k slices."""
     original, splits = ORIGINALS[name], originals(name, root, download)
@@ -379,7 +438,9 @@ def _fetch(name: str, original: Original, root: Path) -> None:
     """Download into a folder of its own and move what is complete: what lies in <root> has been unpacked to the end."""
     staging, top = root / f".{name}.partial", root / original.place[0].split("/")[0]
     if top.is_dir():
-        raise DataError(f"{name}: {top} is not complete: remove it, or complete it by hand from {original.get}")
+        raise DataError(
+            f"{name}: {top} is not complete: remove it, or complete it by hand from {original.get}"
+        )
     _sweep(staging)
     new = not root.exists()
     print(f"{name}: downloading {original.get} into {root}", flush=True)
@@ -411,7 +472,9 @@ def _sweep(staging: Path) -> None:
 
 def find(root: Path, pattern: str, depth: int = 4) -> Path | None:
     """The first match of a pattern in a folder and the levels below it, `depth` in all."""
-    return next((path for level in range(depth) for path in sorted(root.glob("*/" * level + pattern))), None)
+    return next(
+        (path for level in range(depth) for path in sorted(root.glob("*/" * level + pattern))), None
+    )
 
 
 def lines(listing: Path) -> list[tuple[str, str]]:
@@ -419,8 +482,14 @@ def lines(listing: Path) -> list[tuple[str, str]]:
     try:
         text = listing.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"no list {listing} ({error}): the folder is damaged, unpack it again") from None
-    return [(f"{listing}, line {n}", line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        raise DataError(
+            f"no list {listing} ({error}): the folder is damaged, unpack it again"
+        ) from None
+    return [
+        (f"{listing}, line {n}", line.strip())
+        for n, line in enumerate(text.splitlines(), 1)
+        if line.strip()
+    ]
 
 
 def inside(name: str, where: str | Path) -> str:
@@ -437,5 +506,7 @@ def image_format(path: Path, where: str) -> str:
             return image.format
     except UNREADABLE as error:
         missing = isinstance(error, FileNotFoundError)
-        reason = "does not exist" if missing else f"is not a readable image ({type(error).__name__})"
+        reason = (
+            "does not exist" if missing else f"is not a readable image ({type(error).__name__})"
+        )
         raise DataError(f"{where}: {path} {reason}; unpack the archive again") from None

@@ -67,12 +67,17 @@ def run(args: argparse.Namespace) -> dict:
     # the run's folder: the same arguments, and the same checkpoint, give the same folder
     scratch = args.checkpoint == "none"
     local = args.checkpoint and not scratch
-    settings = vars(args) | {"checkpoint": evaluation.sha256(args.checkpoint) if local else None, "scratch": scratch}
+    settings = vars(args) | {
+        "checkpoint": evaluation.sha256(args.checkpoint) if local else None,
+        "scratch": scratch,
+    }
     for name in ("device", "workers", "out", "resume", "seeds"):
         del settings[name]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     short = args.model.replace("/", "_").replace(":", "_")
-    folder = Path(args.out, args.dataset, f"{args.method}-{short}-seed{args.seed}{'-val' * args.val}-{digest}")
+    folder = Path(
+        args.out, args.dataset, f"{args.method}-{short}-seed{args.seed}{'-val' * args.val}-{digest}"
+    )
     metrics_file, state_file = folder / "metrics.json", folder / "state.pt"
     metrics = evaluation.finished(metrics_file) if args.resume else None
     if metrics and not metrics["benchmark"].startswith("not "):  # a subset may have become whole
@@ -101,7 +106,16 @@ def run(args: argparse.Namespace) -> dict:
     test.check(args.workers)
 
     # model
-    same = ("method", "img_size", "drop_path", "rank", "mask_prob", "masking", "targets", "coef_init")
+    same = (
+        "method",
+        "img_size",
+        "drop_path",
+        "rank",
+        "mask_prob",
+        "masking",
+        "targets",
+        "coef_init",
+    )
     create = {name: getattr(args, name) for name in same} | {
         "name": args.model,
         "num_classes": data.TASKS[args.dataset].classes,
@@ -128,8 +142,12 @@ def run(args: argparse.Namespace) -> dict:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[parameter.ndim < 2 or name in exempt]["params"].append(parameter)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)  # one call for all tensors, on every device
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")  # keeps small gradients above fp16's smallest
+    optimizer = torch.optim.AdamW(
+        groups, lr=args.lr, fused=True
+    )  # one call for all tensors, on every device
+    scaler = torch.amp.GradScaler(
+        device.type, enabled=amp == "fp16"
+    )  # keeps small gradients above fp16's smallest
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     steps, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
 
@@ -148,24 +166,43 @@ def run(args: argparse.Namespace) -> dict:
         "amp": amp,
         "weights": evaluation.provenance(model, create["checkpoint"], create["pretrained"]),
         "data": test.about,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in LIBRARIES},
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version()}
+        | {m.__name__: m.__version__ for m in LIBRARIES},
         "git": evaluation.git_hash(),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
     head, trained = counts["head_parameters"], counts["trainable_parameters"]
-    print(f"{args.method} on {args.dataset}: {train.about}; {config['weights']['tag']}, {args.img_size} px, {device}")
-    print(f"{trained - head:,} + {head:,} (head) of {counts['total_parameters']:,} parameters train:", end=" ")
-    print(", ".join(f"{sum(p.numel() for p in g['params']):,} with decay {g['weight_decay']:g}" for g in groups))
+    print(
+        f"{args.method} on {args.dataset}: {train.about}; {config['weights']['tag']}, {args.img_size} px, {device}"
+    )
+    print(
+        f"{trained - head:,} + {head:,} (head) of {counts['total_parameters']:,} parameters train:",
+        end=" ",
+    )
+    print(
+        ", ".join(
+            f"{sum(p.numel() for p in g['params']):,} with decay {g['weight_decay']:g}"
+            for g in groups
+        )
+    )
 
     # training
     if args.compile:
         torch.compiler.reset()  # else the models of earlier runs count towards its limit of recompilations
-    net = torch.compile(model, dynamic=True) if args.compile else model  # one graph for every p and batch size
+    net = (
+        torch.compile(model, dynamic=True) if args.compile else model
+    )  # one graph for every p and batch size
     epoch, rows, seconds, fingerprint = 0, [], 0.0, train.fingerprint()
     if args.resume and state_file.exists():
-        epoch, rows, seconds = restore(state_file, model, optimizer, scaler, fingerprint) or (0, [], 0.0)
+        epoch, rows, seconds = restore(state_file, model, optimizer, scaler, fingerprint) or (
+            0,
+            [],
+            0.0,
+        )
         print(f"resumed after epoch {epoch} of {folder}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -180,39 +217,57 @@ def run(args: argparse.Namespace) -> dict:
         if args.method == "mlae" and args.masking != "fixed":
             p = args.mask_prob * SCHEDULES[args.mask_schedule](epoch / max(1, args.epochs - 1))
             set_mask_prob(model, mask_rates(args.mask_pattern, num_layers, p).tolist())
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed * 10_007 + epoch))
+        order = torch.randperm(
+            len(train), generator=torch.Generator().manual_seed(args.seed * 10_007 + epoch)
+        )
         if augment:
-            batches = train.batches(args.batch_size, args.workers, order.tolist(), f"{args.seed} {epoch}")
+            batches = train.batches(
+                args.batch_size, args.workers, order.tolist(), f"{args.seed} {epoch}"
+            )
         else:
-            batches = ((images[batch], labels[batch]) for batch in order.to(device).split(args.batch_size))
+            batches = (
+                (images[batch], labels[batch]) for batch in order.to(device).split(args.batch_size)
+            )
         loss_sum = correct = torch.zeros((), device=device)
         for i, (x, y) in enumerate(batches):  # (B, 3, S, S) uint8, (B,)
             lr = learning_rate(epoch * steps_per_epoch + i, steps, warmup, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
-            for part, wanted in zip(x.chunk(args.accumulate), y.to(device).chunk(args.accumulate), strict=True):
+            for part, wanted in zip(
+                x.chunk(args.accumulate), y.to(device).chunk(args.accumulate), strict=True
+            ):
                 with autocast(device, amp):
                     logits = net(normalize(part))  # (B / accumulate, classes)
                 loss = F.cross_entropy(logits.float(), wanted, label_smoothing=args.label_smoothing)
                 scaler.scale(loss * (len(part) / len(x))).backward()
                 loss_sum = loss_sum + loss.detach() * len(part)
                 correct = correct + (logits.detach().argmax(1) == wanted).sum()
-            if args.grad_checkpoint and any(p.grad is None for group in groups for p in group["params"]):
+            if args.grad_checkpoint and any(
+                p.grad is None for group in groups for p in group["params"]
+            ):
                 raise models.ModelError(
                     f"--grad-checkpoint: timm {timm.__version__} loses gradients; pip install -U timm"
                 )
             scaler.step(optimizer)
             scaler.update()
-            if bar.update():  # it shows something new, some ten times a second at most: time to ask the device
+            if (
+                bar.update()
+            ):  # it shows something new, some ten times a second at most: time to ask the device
                 bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}", refresh=False)
         mean_loss, train_top1 = loss_sum.item() / len(train), 100 * correct.item() / len(train)
         if not math.isfinite(mean_loss):
-            raise Diverged(f"the loss is {mean_loss} in epoch {epoch + 1}: --lr {args.lr:g} is too high")
+            raise Diverged(
+                f"the loss is {mean_loss} in epoch {epoch + 1}: --lr {args.lr:g} is too high"
+            )
         seconds += time.perf_counter() - start
-        rows.append([epoch + 1, lr, p, round(mean_loss, 6), round(train_top1, 2), round(seconds, 2)])
+        rows.append(
+            [epoch + 1, lr, p, round(mean_loss, 6), round(train_top1, 2), round(seconds, 2)]
+        )
         with open(folder / "log.csv", "w", newline="") as file:
-            csv.writer(file).writerows([["epoch", "lr", "mask_prob", "loss", "train_top1", "seconds"], *rows])
+            csv.writer(file).writerows(
+                [["epoch", "lr", "mask_prob", "loss", "train_top1", "seconds"], *rows]
+            )
         save_state(state_file, model, optimizer, scaler, fingerprint, epoch + 1, rows, seconds)
     bar.close()
     models.save_adapter(model, folder / "adapter.safetensors", config)
@@ -260,7 +315,9 @@ def restore(path: Path, model: torch.nn.Module, optimizer, scaler, data: str) ->
     """Load what `save_state` wrote; returns its progress: epochs done, log rows, seconds. None if the data changed."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        weights, moments, scale, (cpu, cuda) = (state[key] for key in ("model", "optimizer", "scaler", "rng"))
+        weights, moments, scale, (cpu, cuda) = (
+            state[key] for key in ("model", "optimizer", "scaler", "rng")
+        )
     except Exception as error:  # whatever a damaged file makes torch raise
         raise models.ModelError(f"cannot read {path}: remove it to start anew") from error
     if state.get("data") != data:
@@ -286,52 +343,176 @@ HELP = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     flag = parser.add_argument
     # data
     flag("--dataset", default="digits", help=HELP["dataset"])
-    flag("--data-dir", default="data", help="holds originals, vtab-1k/<task>/, fgvc/<set>/ (default: data)")
+    flag(
+        "--data-dir",
+        default="data",
+        help="holds originals, vtab-1k/<task>/, fgvc/<set>/ (default: data)",
+    )
     flag("--source", choices=data.SOURCES, default="auto", help=HELP["source"])
     flag("--img-size", type=COUNT, help="side in pixels (default: the model's own)")
-    flag("--normalize", choices=[*data.NORMALIZE, "model"], default="imagenet", help=HELP["normalize"])
+    flag(
+        "--normalize",
+        choices=[*data.NORMALIZE, "model"],
+        default="imagenet",
+        help=HELP["normalize"],
+    )
     # model
-    flag("--model", help="timm name with its tag (default: the paper's ViT-B/16 IN-21k; vit_nano for digits)")
-    flag("--checkpoint", help="local .safetensors, .pth or Google .npz; none: random (default: timm's download)")
-    flag("--method", choices=models.METHODS, default="mlae", help="what trains beside the head (default: mlae)")
+    flag(
+        "--model",
+        help="timm name with its tag (default: the paper's ViT-B/16 IN-21k; vit_nano for digits)",
+    )
+    flag(
+        "--checkpoint",
+        help="local .safetensors, .pth or Google .npz; none: random (default: timm's download)",
+    )
+    flag(
+        "--method",
+        choices=models.METHODS,
+        default="mlae",
+        help="what trains beside the head (default: mlae)",
+    )
     flag("--targets", nargs="+", default=["attn.qkv"], metavar="PATH", help=HELP["targets"])
-    flag("--rank", type=COUNT, default=8, help="experts a layer (default: 8; 0.30 M parameters on ViT-B)")
+    flag(
+        "--rank",
+        type=COUNT,
+        default=8,
+        help="experts a layer (default: 8; 0.30 M parameters on ViT-B)",
+    )
     flag("--coef-init", type=POSITIVE, default=1.0, help=HELP["coef_init"])
     # masking
-    flag("--mask-prob", type=FRACTION, default=0.5, help="masking probability p (default: 0.5, the paper's middle)")
-    flag("--masking", choices=models.MASKINGS, default="stochastic", help="default: stochastic, the paper's best")
-    flag("--mask-pattern", choices=PATTERNS, default="random", help="p over depth (default: random, p everywhere)")
+    flag(
+        "--mask-prob",
+        type=FRACTION,
+        default=0.5,
+        help="masking probability p (default: 0.5, the paper's middle)",
+    )
+    flag(
+        "--masking",
+        choices=models.MASKINGS,
+        default="stochastic",
+        help="default: stochastic, the paper's best",
+    )
+    flag(
+        "--mask-pattern",
+        choices=PATTERNS,
+        default="random",
+        help="p over depth (default: random, p everywhere)",
+    )
     flag("--mask-schedule", choices=SCHEDULES, default="constant", help=HELP["mask_schedule"])
     # optimization
-    flag("--epochs", type=COUNT, help="passes over the images (default: 100, the common recipe; digits 20)")
-    flag("--batch-size", type=COUNT, default=64, help="default: 64, as published; no image is dropped")
-    flag("--lr", type=POSITIVE, help="AdamW's peak (default: 1e-3, the common recipe; digits 8e-3, by val200)")
-    flag("--weight-decay", type=FRACTION, default=1e-4, help="of matrices only (default: 1e-4, as published)")
-    flag("--warmup-epochs", type=float, help="linear, then cosine to 0 (default: a tenth of the epochs)")
-    flag("--drop-path", type=FRACTION, help="stochastic depth (default: 0.1, the common recipe; digits and linear 0)")
-    flag("--label-smoothing", type=FRACTION, default=0.0, help="of the cross-entropy (default: 0, none)")
+    flag(
+        "--epochs",
+        type=COUNT,
+        help="passes over the images (default: 100, the common recipe; digits 20)",
+    )
+    flag(
+        "--batch-size",
+        type=COUNT,
+        default=64,
+        help="default: 64, as published; no image is dropped",
+    )
+    flag(
+        "--lr",
+        type=POSITIVE,
+        help="AdamW's peak (default: 1e-3, the common recipe; digits 8e-3, by val200)",
+    )
+    flag(
+        "--weight-decay",
+        type=FRACTION,
+        default=1e-4,
+        help="of matrices only (default: 1e-4, as published)",
+    )
+    flag(
+        "--warmup-epochs",
+        type=float,
+        help="linear, then cosine to 0 (default: a tenth of the epochs)",
+    )
+    flag(
+        "--drop-path",
+        type=FRACTION,
+        help="stochastic depth (default: 0.1, the common recipe; digits and linear 0)",
+    )
+    flag(
+        "--label-smoothing",
+        type=FRACTION,
+        default=0.0,
+        help="of the cross-entropy (default: 0, none)",
+    )
     # run
-    flag("--seed", type=WHOLE, default=0, help="of head, experts, masks, order, drop-path, crops (default: 0)")
-    flag("--seeds", type=WHOLE, nargs="+", metavar="SEED", help="one run each, then mean and standard deviation")
-    flag("--val", action="store_true", help="train on 800, score val200, leave the test set alone: to choose settings")
-    flag("--amp", choices=AMP, default="auto", help="mixed precision (default: bf16 where CUDA has it)")
-    flag("--compile", action="store_true", help="torch.compile (default: off; compiling takes longer than the demo)")
-    flag("--grad-checkpoint", action="store_true", help="recompute blocks backwards: less memory, more time")
-    flag("--accumulate", type=COUNT, default=1, help="parts of a batch, one mask each (default: 1, as published)")
-    flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto, the fastest here")
-    flag("--workers", type=WHOLE, default=4, help="processes that decode images (default: 4; 0: none)")
+    flag(
+        "--seed",
+        type=WHOLE,
+        default=0,
+        help="of head, experts, masks, order, drop-path, crops (default: 0)",
+    )
+    flag(
+        "--seeds",
+        type=WHOLE,
+        nargs="+",
+        metavar="SEED",
+        help="one run each, then mean and standard deviation",
+    )
+    flag(
+        "--val",
+        action="store_true",
+        help="train on 800, score val200, leave the test set alone: to choose settings",
+    )
+    flag(
+        "--amp",
+        choices=AMP,
+        default="auto",
+        help="mixed precision (default: bf16 where CUDA has it)",
+    )
+    flag(
+        "--compile",
+        action="store_true",
+        help="torch.compile (default: off; compiling takes longer than the demo)",
+    )
+    flag(
+        "--grad-checkpoint",
+        action="store_true",
+        help="recompute blocks backwards: less memory, more time",
+    )
+    flag(
+        "--accumulate",
+        type=COUNT,
+        default=1,
+        help="parts of a batch, one mask each (default: 1, as published)",
+    )
+    flag(
+        "--device",
+        choices=["auto", "cpu", "cuda", "mps"],
+        default="auto",
+        help="default: auto, the fastest here",
+    )
+    flag(
+        "--workers",
+        type=WHOLE,
+        default=4,
+        help="processes that decode images (default: 4; 0: none)",
+    )
     flag("--out", default="runs", help="where run folders go (default: runs)")
     flag("--resume", action="store_true", help="go on after the last whole epoch of the same run")
     args = parser.parse_args(argv)
-    name = {"vtab_1k": "vtab", "vtab1k": "vtab"}.get(key := args.dataset.lower().replace("-", "_"), key)
+    name = {"vtab_1k": "vtab", "vtab1k": "vtab"}.get(
+        key := args.dataset.lower().replace("-", "_"), key
+    )
     suite = data.SUITES.get(name)
     args.resume |= bool(suite)  # a suite goes on where it stopped
     try:
-        tasks = [task for task in data.TASKS.values() if task.benchmark == suite] if suite else [data.find_task(name)]
+        tasks = (
+            [task for task in data.TASKS.values() if task.benchmark == suite]
+            if suite
+            else [data.find_task(name)]
+        )
         results, missing = [], {}
         for task in tasks:
             for number in args.seeds or [args.seed]:
@@ -341,27 +522,42 @@ def main(argv: list[str] | None = None) -> None:
                 except (data.DataError, Diverged) as error:
                     if not suite:
                         raise
-                    missing[f"{task.name}, seed {number}" if isinstance(error, Diverged) else task.name] = error
+                    missing[
+                        f"{task.name}, seed {number}" if isinstance(error, Diverged) else task.name
+                    ] = error
                     print(f"{task.name}: left out, see the end")
                     if isinstance(error, data.DataError):
                         break
         report = [f"left out: {len(missing)} of {len(tasks)} tasks"] if missing else []
-        report += [f"- {task}: {str(error).removeprefix(f'{task}: ')}" for task, error in missing.items()]
+        report += [
+            f"- {task}: {str(error).removeprefix(f'{task}: ')}" for task, error in missing.items()
+        ]
         if not results:
             print(*report, sep="\n")
-            parser.error(f"--dataset {name}: not one of its {len(tasks)} tasks could run; see above")
+            parser.error(
+                f"--dataset {name}: not one of its {len(tasks)} tasks could run; see above"
+            )
         if suite:
-            print(evaluation.tabulate(evaluation.collect(*(result["run"] for result in results))), *report, sep="\n")
+            print(
+                evaluation.tabulate(evaluation.collect(*(result["run"] for result in results))),
+                *report,
+                sep="\n",
+            )
         if suite or len(results) > 1:
             print(json.dumps(evaluation.summarize(results, name if suite else tasks[0].name)))
     except (data.DataError, models.ModelError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        print("interrupted: the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        print(
+            "interrupted: the same command with --resume goes on after the last whole epoch",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
-def settle(parser: Parser, args: argparse.Namespace, task: data.Task, number: int) -> argparse.Namespace:
+def settle(
+    parser: Parser, args: argparse.Namespace, task: data.Task, number: int
+) -> argparse.Namespace:
     """The arguments of one run: those given, and for those left out what suits the task."""
     args = argparse.Namespace(**vars(args) | {"dataset": task.name, "seed": number})
     if args.drop_path is None and args.method == "linear":
@@ -372,11 +568,17 @@ def settle(parser: Parser, args: argparse.Namespace, task: data.Task, number: in
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 10
     if not 0 <= args.warmup_epochs < args.epochs:
-        parser.error(f"--warmup-epochs {args.warmup_epochs:g} must be from 0 to below --epochs {args.epochs}")
+        parser.error(
+            f"--warmup-epochs {args.warmup_epochs:g} must be from 0 to below --epochs {args.epochs}"
+        )
     if args.accumulate > args.batch_size:
-        parser.error(f"--accumulate {args.accumulate} must not be above --batch-size {args.batch_size}")
+        parser.error(
+            f"--accumulate {args.accumulate} must not be above --batch-size {args.batch_size}"
+        )
     if args.mask_schedule != "constant" and args.masking == "fixed":
-        parser.error(f"--mask-schedule {args.mask_schedule} needs --masking stochastic or mixed: fixed masks stay")
+        parser.error(
+            f"--mask-schedule {args.mask_schedule} needs --masking stochastic or mixed: fixed masks stay"
+        )
     args.img_size = args.img_size or models.input_size(args.model)
     return args
 

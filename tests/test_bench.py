@@ -14,7 +14,9 @@ import model as models
 
 @pytest.fixture
 def args():
-    return argparse.Namespace(model="vit_nano", img_size=28, rank=4, targets=["attn.qkv", "mlp.fc1"], mask_prob=0.5)
+    return argparse.Namespace(
+        model="vit_nano", img_size=28, rank=4, targets=["attn.qkv", "mlp.fc1"], mask_prob=0.5
+    )
 
 
 def call(capsys, *arguments):
@@ -27,7 +29,11 @@ def call(capsys, *arguments):
 def test_what_each_method_trains(args):
     head = 96 * 100 + 100
     experts = 6 * 4 * ((96 + 288) + (96 + 384))
-    want = {"floor": head + 96, "mlae": head + experts + 2 * 6 * 4, "two-branch": head + experts + 2 * 6 * 4}
+    want = {
+        "floor": head + 96,
+        "mlae": head + experts + 2 * 6 * 4,
+        "two-branch": head + experts + 2 * 6 * 4,
+    }
     want |= {"peft": head + experts, "loralib": head + experts}
     for method in want:
         if method in ("peft", "loralib"):
@@ -35,11 +41,15 @@ def test_what_each_method_trains(args):
         net = bench.build(method, args)
         assert sum(p.numel() for p in net.parameters() if p.requires_grad) == want[method], method
     assert all(p.requires_grad for p in bench.build("full", args).parameters())
-    assert not models.experts(bench.build("plain", args)) and not models.experts(bench.build("merged", args))
+    assert not models.experts(bench.build("plain", args)) and not models.experts(
+        bench.build("merged", args)
+    )
 
 
 def test_a_step_trains_what_trains_and_nothing_else(args, monkeypatch):
-    vars(args).update(amp="off", compile=False, grad_checkpoint=False, accumulate=1, batch_size=4, mask_prob=0.0)
+    vars(args).update(
+        amp="off", compile=False, grad_checkpoint=False, accumulate=1, batch_size=4, mask_prob=0.0
+    )
     images = torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8)
     nets, build = [], bench.build
     monkeypatch.setattr(bench, "build", lambda *given: nets.append(build(*given)) or nets[-1])
@@ -100,13 +110,22 @@ def test_a_measurement(capsys):
     # by hand: 17 tokens x 8 images, 6 blocks of 12 w^2 products and attention; twice that backwards when all trains
     forward = 2 * 8 * (6 * (17 * 12 * 96**2 + 2 * 17**2 * 96) + 16 * 147 * 96 + 96 * 100) / 1e9
     assert rows["eval plain"]["gflops"] == pytest.approx(forward, rel=0.05)
-    assert 1.8 < rows["floor"]["gflops"] / forward < 2.1 and 2.7 < rows["full"]["gflops"] / forward < 3.1
+    assert (
+        1.8 < rows["floor"]["gflops"] / forward < 2.1
+        and 2.7 < rows["full"]["gflops"] / forward < 3.1
+    )
 
 
 def test_memory_grows_with_the_batch(args):
-    vars(args).update(amp="off", compile=False, grad_checkpoint=False, accumulate=1, device="cpu", images=8)
-    small, large = (bench.memory("mlae", argparse.Namespace(**vars(args), batch_size=size)) for size in (1, 256))
-    assert small + 100 < large  # by hand: 17 tokens x 96 x 4 bytes x 256 images x about 20 tensors x 6 blocks, 200 MB
+    vars(args).update(
+        amp="off", compile=False, grad_checkpoint=False, accumulate=1, device="cpu", images=8
+    )
+    small, large = (
+        bench.memory("mlae", argparse.Namespace(**vars(args), batch_size=size)) for size in (1, 256)
+    )
+    assert (
+        small + 100 < large
+    )  # by hand: 17 tokens x 96 x 4 bytes x 256 images x about 20 tensors x 6 blocks, 200 MB
 
 
 COMMON = ["--model", "vit_nano", "--batch-size", 8, "--images", 8, "--rounds", 2, "--no-memory"]
@@ -118,7 +137,10 @@ def test_options_are_methods_of_their_own(capsys, monkeypatch):
     *_, last = call(capsys, *COMMON, "--methods", *methods)
     rows = json.loads(last)["sweeps"][0][1][0][1]
     for row in rows:
-        assert row["gflops"] == pytest.approx(rows[0]["gflops"], rel=0.1) and len(row["over mlae"]) == 3
+        assert (
+            row["gflops"] == pytest.approx(rows[0]["gflops"], rel=0.1)
+            and len(row["over mlae"]) == 3
+        )
 
 
 def test_recomputing_counts(capsys):
@@ -148,14 +170,23 @@ def test_sweeps_and_their_plot(capsys, tmp_path):
         (["--plot", "x.png"], "--plot draws a --sweep"),
         (["--sweep", "rank"], "--sweep rank: expected a flag"),
         (["--sweep", "colour", "1"], "unrecognized arguments: --colour 1"),
-        (["--sweep", "device", "cpu"], "--sweep device: expected a flag of this script that changes a step"),
+        (
+            ["--sweep", "device", "cpu"],
+            "--sweep device: expected a flag of this script that changes a step",
+        ),
         (["--sweep", "rank", "x"], "argument --rank: invalid int value: 'x'"),
         (["--sweep", "rank", "8", "0"], "argument --rank: must be 1 or more, not 0"),
         (["--model", "vit_nanoo"], "timm has no model 'vit_nanoo'"),
         (["--methods", "mlea"], "--methods 'mlea': there are floor, mlae"),
         (["--methods", "eval mlae+accumulate4"], "scoring has no backward pass"),
-        (["--methods", "floor", "--model", "resnet18", "--no-memory"], "has no blocks.0.norm1.bias"),
-        (["--methods", "mlae", "--sweep", "rank", "1", "--plot", "no/x.png"], "--plot no/x.png: expected a .png"),
+        (
+            ["--methods", "floor", "--model", "resnet18", "--no-memory"],
+            "has no blocks.0.norm1.bias",
+        ),
+        (
+            ["--methods", "mlae", "--sweep", "rank", "1", "--plot", "no/x.png"],
+            "--plot no/x.png: expected a .png",
+        ),
         (["--methods", "mlae+fp8"], "--methods 'mlae+fp8': there are floor, mlae"),
         (["--rounds", "0"], "argument --rounds: must be 1 or more, not 0"),
         (["--batch-size", "-3"], "argument --batch-size: must be 1 or more"),
@@ -165,4 +196,6 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         call(capsys, *arguments)
     captured = capsys.readouterr()
-    assert stop.value.code == 2 and captured.err.count("\n") == 1 and message in captured.err, captured.err
+    assert stop.value.code == 2 and captured.err.count("\n") == 1 and message in captured.err, (
+        captured.err
+    )

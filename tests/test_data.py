@@ -26,7 +26,9 @@ def prepared(tmp_path_factory):
         lines = []
         for i in range(count):
             image = Image.fromarray(rng.integers(0, 256, (10, 12, 3), np.uint8))
-            image = {1: image.convert("L"), 2: image.convert("P"), 3: image.convert("RGBA")}.get(i, image)
+            image = {1: image.convert("L"), 2: image.convert("P"), 3: image.convert("RGBA")}.get(
+                i, image
+            )
             image.save(folder / "images" / name / f"{i:06}.png")
             lines.append(f"images/{name}/{i:06}.png {i % 100}\n")
         (folder / f"{name}.txt").write_text("".join(lines))
@@ -43,19 +45,26 @@ def edited(prepared, tmp_path, listing, edit):
     (folder / "images").symlink_to(source / "images")
     for file in source.glob("*.txt"):
         lines = file.read_text().splitlines()
-        (folder / file.name).write_text("\n".join(edit(lines) if file.name == listing else lines) + "\n")
+        (folder / file.name).write_text(
+            "\n".join(edit(lines) if file.name == listing else lines) + "\n"
+        )
     return tmp_path
 
 
 def test_the_table():
     vtab = [task for task in data.TASKS.values() if task.benchmark == "vtab-1k"]
-    groups = {group: sum(task.group == group for task in vtab) for group in ("natural", "specialized", "structured")}
+    groups = {
+        group: sum(task.group == group for task in vtab)
+        for group in ("natural", "specialized", "structured")
+    }
     assert groups == {"natural": 7, "specialized": 4, "structured": 8}
     assert sum(task.benchmark == "fgvc" for task in data.TASKS.values()) == 5
     assert all(task.sizes[:2] == (800, 200) for task in vtab)
     assert sum(task.sizes[2] for task in vtab) == 387_905
     names = [name for task in data.TASKS.values() for name in (task.name, *task.aliases)]
-    assert len(names) == len(set(names)) and all(key == task.name for key, task in data.TASKS.items())
+    assert len(names) == len(set(names)) and all(
+        key == task.name for key, task in data.TASKS.items()
+    )
 
 
 def test_names_and_aliases():
@@ -63,7 +72,9 @@ def test_names_and_aliases():
     assert data.find_task("flowers102").name == "oxford_flowers102"
     with pytest.raises(DataError, match="unknown dataset 'cifra': did you mean 'cifar'"):
         data.find_task("cifra")
-    with pytest.raises(DataError, match="unknown dataset 'zzz': there are vtab, fgvc, cifar, caltech101"):
+    with pytest.raises(
+        DataError, match="unknown dataset 'zzz': there are vtab, fgvc, cifar, caltech101"
+    ):
         data.find_task("zzz")
 
 
@@ -72,8 +83,14 @@ def test_prepared_folder_against_pillow(prepared):
     assert len(train) == 1000 and len(test) == 20
     assert train.labels.tolist() == [i % 100 for i in range(800)] + [i % 100 for i in range(200)]
     for i in (0, 1, 2, 3, 799, 800):
-        path = prepared / "vtab-1k/cifar/images" / (f"train800/{i:06}.png" if i < 800 else f"val200/{i - 800:06}.png")
-        want = np.asarray(Image.open(path).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC))
+        path = (
+            prepared
+            / "vtab-1k/cifar/images"
+            / (f"train800/{i:06}.png" if i < 800 else f"val200/{i - 800:06}.png")
+        )
+        want = np.asarray(
+            Image.open(path).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC)
+        )
         image, label = train[i]
         assert image.dtype == torch.uint8 and image.shape == (3, 16, 16) and label == i % 100
         assert np.array_equal(image.permute(1, 2, 0), want)
@@ -85,11 +102,17 @@ def test_prepared_folder_against_pillow(prepared):
 def test_the_prepared_folder_only_where_the_originals_cannot_be_had(prepared, capsys, monkeypatch):
     train, _ = load("cifar", prepared)
     assert train.source == "prepared" and "reading the prepared folder" in capsys.readouterr().out
-    assert load("cifar", prepared, source="prepared")[0].source == "prepared" and not capsys.readouterr().out
+    assert (
+        load("cifar", prepared, source="prepared")[0].source == "prepared"
+        and not capsys.readouterr().out
+    )
     with pytest.raises(DataError, match="no .*cifar-100-python: get it by hand"):
         load("cifar", prepared, source="original", download=False)
     pixels = np.zeros((60_000, 2, 2, 3), np.uint8)
-    rows = {"train": splits._rows(pixels[:50_000], [0] * 50_000), "test": splits._rows(pixels[50_000:], [1] * 10_000)}
+    rows = {
+        "train": splits._rows(pixels[:50_000], [0] * 50_000),
+        "test": splits._rows(pixels[50_000:], [1] * 10_000),
+    }
     monkeypatch.setattr(splits, "originals", lambda name, root, download: rows)
     train, test = load("cifar", prepared)
     assert train.about == "originals, raw images, 1000 train / 10000 test"
@@ -105,7 +128,9 @@ def test_a_subset_or_a_padded_list_is_never_the_benchmark(prepared, tmp_path):
 
 
 def test_a_training_image_in_the_test_list_is_noticed(prepared, tmp_path):
-    root = edited(prepared, tmp_path, "test.txt", lambda lines: [*lines[:-1], "images/val200/000007.png 7"])
+    root = edited(
+        prepared, tmp_path, "test.txt", lambda lines: [*lines[:-1], "images/val200/000007.png 7"]
+    )
     assert load("cifar", root)[1].about.endswith("; 1 images are repeated")
 
 
@@ -114,7 +139,10 @@ def test_a_declared_subset_is_named(prepared, tmp_path):
     (root / "vtab-1k/cifar/SUBSET").write_text("not the official\nimages")
     assert load("cifar", root)[1].about.endswith("(subset); SUBSET: not the official images")
     val = load("cifar", root, split="train")[1]
-    assert val.about.endswith("200 val; SUBSET: not the official images") and val.benchmark == "not vtab-1k"
+    assert (
+        val.about.endswith("200 val; SUBSET: not the official images")
+        and val.benchmark == "not vtab-1k"
+    )
 
 
 def test_reading_twice_gives_identical_tensors(prepared):
@@ -152,7 +180,9 @@ def test_the_cache_is_read_the_second_time(prepared, tmp_path, monkeypatch):
     seen = decodings(monkeypatch)
     state = torch.get_rng_state()
     first = load("cifar", root, img_size=16)[0].tensors(workers=0)
-    assert len(seen) == 1000 and torch.equal(state, torch.get_rng_state())  # or a cache would change the training
+    assert len(seen) == 1000 and torch.equal(
+        state, torch.get_rng_state()
+    )  # or a cache would change the training
     (cache,) = (root / "cache").iterdir()
     assert cache.name == "cifar-prepared-trainval-16.safetensors"
     again = load("cifar", root, img_size=16)[0].tensors(workers=0)
@@ -169,7 +199,13 @@ def flip_a_byte(file):
 
 
 @pytest.mark.parametrize(
-    "damage", [flip_a_byte, lambda f: f.write_bytes(f.read_bytes()[:-100]), lambda f: f.write_bytes(b"{}"), None]
+    "damage",
+    [
+        flip_a_byte,
+        lambda f: f.write_bytes(f.read_bytes()[:-100]),
+        lambda f: f.write_bytes(b"{}"),
+        None,
+    ],
 )
 def test_a_damaged_or_stale_cache_is_built_again(prepared, tmp_path, monkeypatch, damage):
     root = edited(prepared, tmp_path, "none", None)
@@ -198,7 +234,10 @@ def test_no_cache_where_it_cannot_be_written(prepared, tmp_path, capsys):
     root = edited(prepared, tmp_path, "none", None)
     (root / "cache").write_text("a file in its place")
     images = load("cifar", root, img_size=16)[0].tensors()[0]
-    assert len(images) == 1000 and "decoded images are not kept: cannot write" in capsys.readouterr().out
+    assert (
+        len(images) == 1000
+        and "decoded images are not kept: cannot write" in capsys.readouterr().out
+    )
 
 
 BIRDS = {"train": 30, "val": 10, "test": 12}
@@ -222,7 +261,10 @@ def birds(tmp_path):
 
 def test_fgvc_lists(birds):
     train, test = load("cub", birds, img_size=56)
-    assert train.about == "lists of VPT, JPEG images, 40 of 5994 train (subset) / 12 of 5794 test (subset)"
+    assert (
+        train.about
+        == "lists of VPT, JPEG images, 40 of 5994 train (subset) / 12 of 5794 test (subset)"
+    )
     assert train.benchmark == "not fgvc" and train.labels.tolist() == [i % 5 for i in range(30)] + [
         i % 5 for i in range(10)
     ]
@@ -230,7 +272,9 @@ def test_fgvc_lists(birds):
     assert len(small) == 30 and len(val) == 10 and val.about.endswith("10 of 600 val (subset)")
     image = Image.open(test.items[3])  # the test view by hand: short side 64, centre 56 x 56
     w, h = image.size
-    scaled = image.resize((64, 64 * h // w) if w < h else (64 * w // h, 64), Image.Resampling.BICUBIC)
+    scaled = image.resize(
+        (64, 64 * h // w) if w < h else (64 * w // h, 64), Image.Resampling.BICUBIC
+    )
     left, top = round((scaled.size[0] - 56) / 2), round((scaled.size[1] - 56) / 2)
     want = np.asarray(scaled.crop((left, top, left + 56, top + 56)))
     assert np.array_equal(test[3][0].permute(1, 2, 0), want)
@@ -243,11 +287,15 @@ def test_augmentation_depends_on_seed_and_index_alone(birds):
     def crops(workers, seed, order=order):
         state = torch.get_rng_state()
         images, labels = map(torch.cat, zip(*train.batches(4, workers, order, seed), strict=True))
-        assert torch.equal(state, torch.get_rng_state()) and labels.tolist() == [i % 5 for i in order]
+        assert torch.equal(state, torch.get_rng_state()) and labels.tolist() == [
+            i % 5 for i in order
+        ]
         return images
 
     first = crops(0, "0 0")
-    assert torch.equal(first, crops(2, "0 0")) and torch.equal(first.flip(0), crops(0, "0 0", order[::-1]))
+    assert torch.equal(first, crops(2, "0 0")) and torch.equal(
+        first.flip(0), crops(0, "0 0", order[::-1])
+    )
     assert not any(torch.equal(a, b) for a, b in zip(first, crops(0, "0 1"), strict=True))
     plain = torch.cat([images for images, _ in train.batches(4, 0, order)])
     assert not any(torch.equal(a, b) for a, b in zip(first, plain, strict=True))
@@ -257,7 +305,9 @@ def test_random_crops_have_the_published_areas_and_flip_half_of_the_time(tmp_pat
     ramp = np.zeros((1, 200, 200, 3), np.uint8)
     ramp[0, :, :, 0] = np.arange(200)[None]  # brightness grows to the right, green downwards
     ramp[0, :, :, 1] = np.arange(200)[:, None]
-    views = torch.cat([x for s in range(400) for x, _ in data.Images(ramp, [0], 50).batches(1, 0, seed=str(s))]).float()
+    views = torch.cat(
+        [x for s in range(400) for x, _ in data.Images(ramp, [0], 50).batches(1, 0, seed=str(s))]
+    ).float()
     red, green = views[:, 0].mean(1), views[:, 1].mean(2)  # (400, 50) over columns, over rows
     flipped = red[:, 0] > red[:, -1]
     assert 0.4 < flipped.float().mean() < 0.6
@@ -270,17 +320,23 @@ def test_random_crops_have_the_published_areas_and_flip_half_of_the_time(tmp_pat
 def test_fgvc_is_held_in_memory_at_the_test_size(birds, capsys, monkeypatch):
     train, _ = load("cub", birds, img_size=56)
     streamed = torch.cat([x for x, _ in train.batches(8, 0)])
-    need = sum(int(np.prod(np.asarray(short_side(Image.open(path), 64)).shape)) for path in train.items)
-    assert not train.hold(limit=need - 1) and "streamed from the files" in capsys.readouterr().out
-    assert train.hold(workers=2, limit=need) and f"40 images at 64 pixels take {need / 2**30:.2f} GiB" in (
-        capsys.readouterr().out
+    need = sum(
+        int(np.prod(np.asarray(short_side(Image.open(path), 64)).shape)) for path in train.items
     )
+    assert not train.hold(limit=need - 1) and "streamed from the files" in capsys.readouterr().out
+    assert train.hold(
+        workers=2, limit=need
+    ) and f"40 images at 64 pixels take {need / 2**30:.2f} GiB" in (capsys.readouterr().out)
     assert len(train.pixels) == need
     for i in (0, 7, 39):
-        assert np.array_equal(np.asarray(train._open(i)), np.asarray(short_side(Image.open(train.items[i]), 64)))
+        assert np.array_equal(
+            np.asarray(train._open(i)), np.asarray(short_side(Image.open(train.items[i]), 64))
+        )
     assert torch.equal(torch.cat([x for x, _ in train.batches(8, 0)]), streamed)
     crops = torch.cat([x for x, _ in train.batches(8, 0, seed="0")])
-    assert torch.equal(crops, torch.cat([x for x, _ in load("cub", birds, img_size=56)[0].batches(8, 0, seed="0")]))
+    assert torch.equal(
+        crops, torch.cat([x for x, _ in load("cub", birds, img_size=56)[0].batches(8, 0, seed="0")])
+    )
     seen = decodings(monkeypatch)
     again, _ = load("cub", birds, img_size=56)
     again.hold(workers=0)
@@ -289,7 +345,9 @@ def test_fgvc_is_held_in_memory_at_the_test_size(birds, capsys, monkeypatch):
 
 def short_side(image, side):
     w, h = image.size
-    return image.resize((side, side * h // w) if w < h else (side * w // h, side), Image.Resampling.BICUBIC)
+    return image.resize(
+        (side, side * h // w) if w < h else (side * w // h, side), Image.Resampling.BICUBIC
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,9 +357,17 @@ def short_side(image, side):
         ("val", "[1]", "val.json is no list like"),
         ("val", "{}", "val.json is no list like"),
         ("test", '{"000.bird/test0.jpg": "one"}', "test.json is no list like"),
-        ("test", '{"../../../x.jpg": 1}', "test.json: ../../../x.jpg leads out of the task's folder"),
+        (
+            "test",
+            '{"../../../x.jpg": 1}',
+            "test.json: ../../../x.jpg leads out of the task's folder",
+        ),
         ("test", '{"000.bird/gone.jpg": 1}', "gone.jpg does not exist"),
-        ("test", json.dumps({f"{i}.jpg": i for i in range(300)}), "the lists have 300 classes, cub has 200"),
+        (
+            "test",
+            json.dumps({f"{i}.jpg": i for i in range(300)}),
+            "the lists have 300 classes, cub has 200",
+        ),
         ("test", None, "test.json is no list like"),
     ],
 )
@@ -313,9 +379,13 @@ def test_damaged_fgvc_lists(birds, part, listing, message):
 
 
 def test_fgvc_sets_that_are_not_there(birds):
-    with pytest.raises(DataError, match=r"nabirds: no folder .*fgvc/nabirds: put the images of NABirds into"):
+    with pytest.raises(
+        DataError, match=r"nabirds: no folder .*fgvc/nabirds: put the images of NABirds into"
+    ):
         load("nabirds", birds)
-    with pytest.raises(DataError, match="oxford_flowers102: .*; or put the images of Oxford Flowers 102 into"):
+    with pytest.raises(
+        DataError, match="oxford_flowers102: .*; or put the images of Oxford Flowers 102 into"
+    ):
         load("oxford_flowers", birds, download=False)
     with pytest.raises(DataError, match="oxford_flowers: no folder .*fgvc/oxford_flowers"):
         load("oxford_flowers", birds, source="prepared")
@@ -329,7 +399,10 @@ def test_fgvc_flowers_from_the_originals(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "image_format", lambda path, where: "JPEG")
     monkeypatch.setattr(data, "originals", lambda name, root, download: parts)
     train, test = load("oxford_flowers", tmp_path)
-    assert train.about == "originals, JPEG images, 2040 train / 6149 test" and train.benchmark == "fgvc"
+    assert (
+        train.about == "originals, JPEG images, 2040 train / 6149 test"
+        and train.benchmark == "fgvc"
+    )
     assert train.labels.tolist() == [*parts["train"][1], *parts["validation"][1]]
     assert test.short == 256 and not list(tmp_path.glob("cache"))
 
@@ -340,7 +413,13 @@ def test_normalization_against_numpy(prepared):
     want = (images.numpy().transpose(0, 2, 3, 1) / 255 - mean) / std
     got = data.normalizer(*data.NORMALIZE["imagenet"], "cpu")(images)
     np.testing.assert_allclose(got.numpy().transpose(0, 2, 3, 1), want, atol=1e-5)
-    assert data.normalizer(*data.NORMALIZE["none"], "cpu")(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)).eq(1).all()
+    assert (
+        data.normalizer(*data.NORMALIZE["none"], "cpu")(
+            torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+        )
+        .eq(1)
+        .all()
+    )
 
 
 @pytest.mark.parametrize(
@@ -351,12 +430,28 @@ def test_normalization_against_numpy(prepared):
             lambda x: [*x[:3], "images/test/000003.png 100", *x[4:]],
             "test.txt, line 4: label 100 is outside 0..99",
         ),
-        ("test.txt", lambda x: ["images/test/000003.png -1", *x[1:]], "line 1: label -1 is outside"),
-        ("test.txt", lambda x: ["images/test/000003.png", *x[1:]], "line 1: expected '<image> <label>'"),
+        (
+            "test.txt",
+            lambda x: ["images/test/000003.png -1", *x[1:]],
+            "line 1: label -1 is outside",
+        ),
+        (
+            "test.txt",
+            lambda x: ["images/test/000003.png", *x[1:]],
+            "line 1: expected '<image> <label>'",
+        ),
         ("test.txt", lambda x: ["images/test/gone.png 3", *x[1:]], "gone.png does not exist"),
-        ("test.txt", lambda x: ["../cifar/images/test/000003.png 3", *x[1:]], "leads out of the task's folder"),
+        (
+            "test.txt",
+            lambda x: ["../cifar/images/test/000003.png 3", *x[1:]],
+            "leads out of the task's folder",
+        ),
         ("test.txt", lambda x: ["/etc/hostname 3", *x[1:]], "leads out of the task's folder"),
-        ("train800val200.txt", lambda x: x[:-1], "train800val200.txt has 999 images, VTAB-1k's cifar has 1000"),
+        (
+            "train800val200.txt",
+            lambda x: x[:-1],
+            "train800val200.txt has 999 images, VTAB-1k's cifar has 1000",
+        ),
         ("test.txt", lambda x: [], "test.txt has 0 images, VTAB-1k's cifar has 10000"),
         ("test.txt", lambda x: ["a\0b.png 3", *x[1:]], "is not a readable image (ValueError)"),
         ("test.txt", lambda x: x * 501, "test.txt has 10020 images, VTAB-1k's cifar has 10000"),
@@ -368,7 +463,10 @@ def test_damaged_lists(prepared, tmp_path, listing, edit, message):
 
 
 def test_missing_folders_and_lists(prepared, tmp_path):
-    with pytest.raises(DataError, match=r"dtd: .* there is no .*/dtd/dtd: get it by hand from https://.*Google Drive"):
+    with pytest.raises(
+        DataError,
+        match=r"dtd: .* there is no .*/dtd/dtd: get it by hand from https://.*Google Drive",
+    ):
         load("dtd", prepared)
     with pytest.raises(DataError, match=r"dtd: no folder .*vtab-1k/dtd: unpack .*Google Drive"):
         load("dtd", prepared, source="prepared")
@@ -388,7 +486,9 @@ def test_missing_folders_and_lists(prepared, tmp_path):
 
 
 def test_unreadable_images_are_named(prepared, tmp_path):
-    folder = edited(prepared, tmp_path, "test.txt", lambda x: ["bad.png 3", *x[1:]]) / "vtab-1k/cifar"
+    folder = (
+        edited(prepared, tmp_path, "test.txt", lambda x: ["bad.png 3", *x[1:]]) / "vtab-1k/cifar"
+    )
     (folder / "bad.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"line 1: .*bad.png is not a readable image"):
         load("cifar", tmp_path)
@@ -423,7 +523,10 @@ def test_digits_are_scikit_learns():
     train, test = load("digits", img_size=8)
     images = torch.cat([train.tensors()[0], test.tensors()[0]])[:, 0].numpy()
     labels = torch.cat([train.labels, test.labels]).tolist()
-    ours = [(tuple(np.rint(x.ravel() / 255 * 16).astype(int)), y) for x, y in zip(images, labels, strict=True)]
+    ours = [
+        (tuple(np.rint(x.ravel() / 255 * 16).astype(int)), y)
+        for x, y in zip(images, labels, strict=True)
+    ]
     want = [(tuple(x.astype(int)), int(y)) for x, y in zip(theirs.data, theirs.target, strict=True)]
     assert sorted(ours) == sorted(want)
 

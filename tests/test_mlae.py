@@ -83,7 +83,9 @@ def test_a_thawed_base_gets_its_gradients():
     got = layer.weight.grad.clone(), layer.bias.grad.clone()
     layer.zero_grad()
     c = layer.lora_lambda.detach()
-    two_branch(x, layer.weight, layer.bias, layer.lora_A.detach(), layer.lora_B.detach(), c).square().sum().backward()
+    two_branch(
+        x, layer.weight, layer.bias, layer.lora_A.detach(), layer.lora_B.detach(), c
+    ).square().sum().backward()
     torch.testing.assert_close(got, (layer.weight.grad, layer.bias.grad))
 
 
@@ -189,7 +191,9 @@ def test_a_fixed_mask_holds_in_every_mode_and_nothing_moves_the_masked_experts()
     layer.eval()
     x = torch.randn(5, 6)
     c = layer.lora_lambda * torch.tensor([1.0, 0, 1, 0])
-    torch.testing.assert_close(layer(x), two_branch(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, c))
+    torch.testing.assert_close(
+        layer(x), two_branch(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, c)
+    )
 
 
 def test_rows_leave_the_other_rows_alone():
@@ -214,7 +218,9 @@ def test_gradients_reach_the_chosen_rows():
     got = layer(x)
     torch.testing.assert_close(got, want)
     for a, b in zip(
-        torch.autograd.grad(got.sin().sum(), leaves), torch.autograd.grad(want.sin().sum(), leaves), strict=True
+        torch.autograd.grad(got.sin().sum(), leaves),
+        torch.autograd.grad(want.sin().sum(), leaves),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
 
@@ -224,7 +230,10 @@ def test_from_linear_keeps_the_mode_and_refuses_a_layer_with_experts():
     with pytest.raises(ValueError, match="mask_prob"):
         MLAELinear.from_linear(linear, mask_prob=2)
     assert linear.weight.requires_grad
-    assert not MLAELinear.from_linear(linear.eval()).training and MLAELinear.from_linear(linear.train()).training
+    assert (
+        not MLAELinear.from_linear(linear.eval()).training
+        and MLAELinear.from_linear(linear.train()).training
+    )
     with pytest.raises(ValueError, match="experts already"):
         MLAELinear.from_linear(make())
 
@@ -255,8 +264,13 @@ def test_merging():
 
 def test_merging_in_bfloat16_rounds_once():
     layer = make(64, 64).bfloat16()
-    exact = layer.weight.double() + (layer.lora_B.double() * layer.lora_lambda.double()) @ layer.lora_A.double()
-    assert (layer.to_linear().weight != exact.bfloat16()).float().mean() < 0.01  # float32 may tip a tie
+    exact = (
+        layer.weight.double()
+        + (layer.lora_B.double() * layer.lora_lambda.double()) @ layer.lora_A.double()
+    )
+    assert (
+        layer.to_linear().weight != exact.bfloat16()
+    ).float().mean() < 0.01  # float32 may tip a tie
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -283,12 +297,17 @@ def test_dtype_at_construction_and_by_to(dtype):
 def test_half_precision_base_gets_float32_experts():
     layer = MLAELinear.from_linear(nn.Linear(6, 10).bfloat16(), rank=4, mask_prob=0)
     nn.init.normal_(layer.lora_B)
-    assert layer.weight.dtype == torch.bfloat16 and layer.lora_A.dtype == layer.lora_lambda.dtype == torch.float32
+    assert (
+        layer.weight.dtype == torch.bfloat16
+        and layer.lora_A.dtype == layer.lora_lambda.dtype == torch.float32
+    )
     x = torch.randn(5, 6).bfloat16()
     y = layer(x)
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16 and layer.lora_A.grad.dtype == torch.float32
-    exact = F.linear(x.double(), layer.weight.double() + layer.delta_weight().double(), layer.bias.double())
+    exact = F.linear(
+        x.double(), layer.weight.double() + layer.delta_weight().double(), layer.bias.double()
+    )
     torch.testing.assert_close(y.double(), exact, rtol=0.02, atol=0.02)
     with pytest.raises(RuntimeError, match="float32"):
         layer(torch.randn(5, 6))
@@ -298,14 +317,20 @@ def test_half_precision_base_gets_float32_experts():
 def test_autocast(device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    layer, x = make(64, 64, mask_prob=0).to(device), torch.randn(50, 64, device=device, requires_grad=True)
+    layer, x = (
+        make(64, 64, mask_prob=0).to(device),
+        torch.randn(50, 64, device=device, requires_grad=True),
+    )
     with torch.autocast(device, torch.bfloat16):
         y = layer(x)
         assert y.dtype == nn.Linear(64, 64, device=device)(x).dtype == torch.bfloat16
     y.float().square().sum().backward()
     got = x.grad, layer.lora_A.grad, layer.lora_B.grad, layer.lora_lambda.grad
     assert all(g.dtype == torch.float32 for g in got)
-    leaves = [t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B, layer.lora_lambda)]
+    leaves = [
+        t.detach().double().requires_grad_()
+        for t in (x, layer.lora_A, layer.lora_B, layer.lora_lambda)
+    ]
     exact = two_branch(leaves[0], layer.weight.double(), layer.bias.double(), *leaves[1:])
     exact.square().sum().backward()
     assert (y - exact).norm() / exact.norm() < 0.01
@@ -321,8 +346,13 @@ def test_meta_device():
     assert layer(torch.empty(3, 6, device="meta")).shape == (3, 10)
     assert layer.delta_weight().is_meta and layer.to_linear().weight.is_meta
     with torch.device("meta"):
-        assert MLAELinear.from_linear(nn.Linear(6, 10), expert_mask=[1] * 8, rows=[1, 2]).lora_B.is_meta
-        assert not mask_rates("hourglass", 4, 0.3).is_meta and not fixed_masks("random", 4, 8, 0.3).is_meta
+        assert MLAELinear.from_linear(
+            nn.Linear(6, 10), expert_mask=[1] * 8, rows=[1, 2]
+        ).lora_B.is_meta
+        assert (
+            not mask_rates("hourglass", 4, 0.3).is_meta
+            and not fixed_masks("random", 4, 8, 0.3).is_meta
+        )
     layer.to_empty(device="cpu").load_state_dict(MLAELinear(6, 10).state_dict())
 
 
@@ -339,7 +369,11 @@ def test_pickle_deepcopy_and_torch_save():
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)
-    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
+    for copied in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(file, weights_only=False),
+    ):
         assert torch.equal(copied(x), layer(x)) and copied.mask_prob == layer.mask_prob
 
 
@@ -378,7 +412,9 @@ def _ddp_worker(rank, folder):
     from torch.nn.parallel import DistributedDataParallel
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/sync", rank=rank, world_size=2)
-    torch.manual_seed(rank)  # other masks, other data, other experts: DDP has to make the experts equal
+    torch.manual_seed(
+        rank
+    )  # other masks, other data, other experts: DDP has to make the experts equal
     net = DistributedDataParallel(nn.Sequential(make(6, 6), make(6, 6)))
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     for _ in range(2):
@@ -405,7 +441,9 @@ def test_the_file_stands_alone(tmp_path):
     }
     assert imports - {"torch"} <= set(sys.stdlib_module_names)
     code = "import torch, mlae; print(mlae.MLAELinear.from_linear(torch.nn.Linear(3, 2))(torch.ones(1, 3)).shape)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout == "torch.Size([1, 2])\n", done.stderr
 
 
@@ -450,7 +488,9 @@ def test_fixed_masks(p, rank):
         kept = masks.sum(1)
         assert masks.shape == (12, rank) and set(masks.unique().tolist()) <= {0.0, 1.0}
         assert kept.min() >= 1 and kept.sum() == total
-        assert torch.equal(masks, fixed_masks(pattern, 12, rank, p, torch.Generator().manual_seed(0)))
+        assert torch.equal(
+            masks, fixed_masks(pattern, 12, rank, p, torch.Generator().manual_seed(0))
+        )
         if rank == 8 and p == 0.5:
             steps = kept.diff()
             if pattern == "random":
@@ -468,6 +508,8 @@ def test_fixed_masks(p, rank):
 def test_similarity_is_the_frobenius_cosine():
     layer = make()
     matrices = [torch.outer(layer.lora_B[:, i], layer.lora_A[i]).detach() for i in range(4)]
-    want = torch.tensor([[(m * n).sum() / (m.norm() * n.norm()) for n in matrices] for m in matrices])
+    want = torch.tensor(
+        [[(m * n).sum() / (m.norm() * n.norm()) for n in matrices] for m in matrices]
+    )
     torch.testing.assert_close(expert_similarity(layer), want, rtol=0, atol=1e-5)
     assert torch.equal(expert_similarity(MLAELinear(6, 10, rank=3)), torch.zeros(3, 3))

@@ -46,11 +46,16 @@ def test_exactly_experts_and_head_train():
     want = {f"blocks.{i}.attn.qkv.lora_{x}" for i in range(6) for x in ("A", "B", "lambda")}
     assert trained == want | {"head.weight", "head.bias"}
     lora = models.create("vit_nano", 10, pretrained=False, method="lora", coef_init=0.5)
-    assert {n for n, p in lora.named_parameters() if p.requires_grad} == {n for n in trained if "lambda" not in n}
+    assert {n for n, p in lora.named_parameters() if p.requires_grad} == {
+        n for n in trained if "lambda" not in n
+    }
     for layer in models.experts(lora).values():
         assert layer.mask_prob == 0 and layer.lora_lambda.eq(0.5).all()
     linear = models.create("vit_nano", 10, pretrained=False, method="linear")
-    assert {n for n, p in linear.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+    assert {n for n, p in linear.named_parameters() if p.requires_grad} == {
+        "head.weight",
+        "head.bias",
+    }
     assert all(p.requires_grad for p in plain_nano().parameters())
 
 
@@ -58,7 +63,11 @@ def test_vit_base_has_the_published_number_of_parameters_and_a_small_adapter(tmp
     net = models.create("vit_base_patch16_224", 47, pretrained=False)
     counts = models.count_parameters(net)
     assert counts["head_parameters"] == 47 * 769
-    assert counts["trainable_parameters"] - counts["head_parameters"] == 8 * (768 + 2304 + 1) * 12 == 295_008
+    assert (
+        counts["trainable_parameters"] - counts["head_parameters"]
+        == 8 * (768 + 2304 + 1) * 12
+        == 295_008
+    )
     assert counts["total_parameters"] == sum(p.numel() for p in net.parameters())
     models.save_adapter(net, tmp_path / "a.safetensors", {})
     assert 1.3e6 < (tmp_path / "a.safetensors").stat().st_size < 1.36e6
@@ -108,7 +117,9 @@ def test_families_of_timm(name, targets, count, kwargs):
 
 
 def test_a_network_of_any_size_takes_img_size():
-    net = models.create("convnext_tiny", 5, pretrained=False, img_size=64, targets=["mlp.fc1"], drop_path=0.1)
+    net = models.create(
+        "convnext_tiny", 5, pretrained=False, img_size=64, targets=["mlp.fc1"], drop_path=0.1
+    )
     assert net(torch.randn(1, 3, 64, 64)).shape == (1, 5)
 
 
@@ -116,7 +127,9 @@ def test_models_that_cannot_be_probed_at_the_size_of_their_configuration():
     gray = timm.create_model("vit_tiny_patch16_224", in_chans=1, img_size=32, depth=2)
     assert len(models.inject(gray)) == 2
     assert gray(torch.randn(1, 1, 32, 32)).isfinite().all()
-    assert models.create("xcit_nano_12_p8_224", 5, pretrained=False, img_size=64)(torch.randn(1, 3, 64, 64)).shape == (
+    assert models.create("xcit_nano_12_p8_224", 5, pretrained=False, img_size=64)(
+        torch.randn(1, 3, 64, 64)
+    ).shape == (
         1,
         5,
     )
@@ -124,14 +137,18 @@ def test_models_that_cannot_be_probed_at_the_size_of_their_configuration():
 
 def test_a_layer_whose_weight_is_read_by_its_parent_is_refused():
     net = small("beit_base_patch16_224", depth=1)
-    with pytest.raises(ModelError, match=r"beit_base.* reads the weight of blocks.0.attn.qkv without calling"):
+    with pytest.raises(
+        ModelError, match=r"beit_base.* reads the weight of blocks.0.attn.qkv without calling"
+    ):
         models.inject(net)
 
 
 @pytest.mark.parametrize("target", ["attn.qvk", "head", "patch_embed.proj", "kv", "mlp.q"])
 def test_a_target_that_matches_nothing_lists_what_there_is(target):
     net = plain_nano()
-    with pytest.raises(ModelError, match=r"attn.qkv \(6\), attn.proj \(6\), mlp.fc1 \(6\), mlp.fc2 \(6\)$"):
+    with pytest.raises(
+        ModelError, match=r"attn.qkv \(6\), attn.proj \(6\), mlp.fc1 \(6\), mlp.fc2 \(6\)$"
+    ):
         models.inject(net, ["attn.qkv", target])
     assert not models.experts(net)
 
@@ -147,7 +164,9 @@ def test_proj_does_not_hit_the_patch_embedding():
 
 
 def test_a_fused_layer_whose_heads_alternate_has_no_q_rows():
-    with pytest.raises(ModelError, match=r"'attn.q': stages.1.blocks.0.attn.qkv of tiny_vit.* has no q rows"):
+    with pytest.raises(
+        ModelError, match=r"'attn.q': stages.1.blocks.0.attn.qkv of tiny_vit.* has no q rows"
+    ):
         models.inject(small("tiny_vit_5m_224"), ["attn.q"])
 
 
@@ -175,7 +194,9 @@ def test_multihead_attention_is_not_bypassed_in_silence():
 def test_masking_families(nano):
     def describe(**kwargs):
         layers = list(models.experts(nano(mask_prob=0.5, **kwargs)).values())
-        return [layer.mask_prob for layer in layers], [int(layer.expert_mask.sum()) for layer in layers]
+        return [layer.mask_prob for layer in layers], [
+            int(layer.expert_mask.sum()) for layer in layers
+        ]
 
     assert describe() == ([0.5] * 6, [8] * 6)
     assert describe(masking="fixed") == ([0.0] * 6, [4] * 6)
@@ -209,7 +230,9 @@ def test_merged_model_is_timms(nano, images):
     before = copy.deepcopy(net.state_dict())
     merged = models.merge(net)
     assert not models.experts(merged)
-    timm.create_model("vit_tiny_patch16_224", num_classes=10, **models.NANO).load_state_dict(merged.state_dict())
+    timm.create_model("vit_tiny_patch16_224", num_classes=10, **models.NANO).load_state_dict(
+        merged.state_dict()
+    )
     with torch.no_grad():
         want = net.eval()(images)
         torch.testing.assert_close(merged.eval()(images), want, rtol=0, atol=1e-5)
@@ -231,7 +254,9 @@ def test_training_never_touches_the_base(nano, images, dtype, tmp_path):
     net = nano().to(dtype)
     base = {k: v.clone() for k, v in net.state_dict().items() if k not in models.adapter_state(net)}
     assert len(base) == len(plain_nano().state_dict()) - 2
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in net.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1
+    )
     for _ in range(3):
         net.train()(images.to(dtype)).float().square().sum().backward()
         optimizer.step()
@@ -250,7 +275,9 @@ def test_adapter_round_trip_in_a_fresh_model(nano, images, tmp_path, method, mas
     models.save_adapter(net, tmp_path / "a.safetensors", {"seed": 3})
     fresh = models.create("vit_nano", 10, pretrained=False, method=method, masking=masking).eval()
     if method != "full":  # the base is the caller's
-        fresh.load_state_dict({k: v for k, v in net.state_dict().items() if "lora" not in k}, strict=False)
+        fresh.load_state_dict(
+            {k: v for k, v in net.state_dict().items() if "lora" not in k}, strict=False
+        )
         nn.init.zeros_(fresh.head.weight)
     assert not torch.equal(fresh(images), net(images))
     assert models.load_adapter(fresh, tmp_path / "a.safetensors") == {"seed": 3}
@@ -262,7 +289,8 @@ def test_an_adapter_knows_its_rows(nano, images, tmp_path):
     models.save_adapter(net, tmp_path / "a.safetensors", {})
     other = models.create("vit_nano", 10, pretrained=False, targets=["attn.q", "attn.k"]).eval()
     other.load_state_dict(
-        {k: v for k, v in net.state_dict().items() if "lora" not in k and "rows" not in k}, strict=False
+        {k: v for k, v in net.state_dict().items() if "lora" not in k and "rows" not in k},
+        strict=False,
     )
     models.load_adapter(other, tmp_path / "a.safetensors")
     assert torch.equal(other(images), net(images))
@@ -283,7 +311,9 @@ def test_adapters_that_do_not_fit(nano, tmp_path):
             models.load_adapter(net, path)
         assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     with pytest.raises(ModelError, match="is for vit_nano, not for vit_tiny"):
-        models.load_adapter(models.create("vit_tiny_patch16_224", 10, pretrained=False, img_size=32), path)
+        models.load_adapter(
+            models.create("vit_tiny_patch16_224", 10, pretrained=False, img_size=32), path
+        )
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["config"]) == {}
@@ -304,19 +334,30 @@ def test_local_checkpoint_with_another_grid_and_head(tmp_path, suffix):
     save_file(source.state_dict(), path) if suffix == ".safetensors" else torch.save(
         {"model": source.state_dict()}, path
     )
-    same, other = (timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=s, depth=2) for s in (64, 96))
+    same, other = (
+        timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=s, depth=2)
+        for s in (64, 96)
+    )
     head = same.head.weight.clone()
     for net in (same, other):
         models.load_checkpoint(net, path)
         assert torch.equal(net.blocks[1].mlp.fc2.weight, source.blocks[1].mlp.fc2.weight)
     assert torch.equal(same.pos_embed, source.pos_embed) and torch.equal(same.head.weight, head)
     grid = source.pos_embed[:, 1:].reshape(1, 4, 4, 192).permute(0, 3, 1, 2)
-    want = nn.functional.interpolate(grid, (6, 6), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    want = (
+        nn.functional.interpolate(grid, (6, 6), mode="bicubic", antialias=True)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     torch.testing.assert_close(other.pos_embed[:, 1:], want)
     with pytest.raises(ModelError, match="does not fit .*: it lacks blocks.2"):
-        models.load_checkpoint(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3), path)
+        models.load_checkpoint(
+            timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3), path
+        )
     with pytest.raises(ModelError, match="it has unknown blocks.1"):
-        models.load_checkpoint(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1), path)
+        models.load_checkpoint(
+            timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1), path
+        )
     with pytest.raises(ModelError, match="cannot load checkpoint|does not fit"):
         models.load_checkpoint(timm.create_model("convnext_tiny"), path)
     path.write_bytes(b"garbage")
@@ -357,9 +398,15 @@ def to_google(net):
         attn = theirs + "MultiHeadDotProductAttention_1/"
         for j, name in enumerate(("query", "key", "value")):
             rows = slice(j * dim, (j + 1) * dim)
-            out[f"{attn}{name}/kernel"] = state[f"{ours}attn.qkv.weight"][rows].T.reshape(dim, heads, dim // heads)
-            out[f"{attn}{name}/bias"] = state[f"{ours}attn.qkv.bias"][rows].reshape(heads, dim // heads)
-        out[f"{attn}out/kernel"] = state[f"{ours}attn.proj.weight"].T.reshape(heads, dim // heads, dim)
+            out[f"{attn}{name}/kernel"] = state[f"{ours}attn.qkv.weight"][rows].T.reshape(
+                dim, heads, dim // heads
+            )
+            out[f"{attn}{name}/bias"] = state[f"{ours}attn.qkv.bias"][rows].reshape(
+                heads, dim // heads
+            )
+        out[f"{attn}out/kernel"] = state[f"{ours}attn.proj.weight"].T.reshape(
+            heads, dim // heads, dim
+        )
         out[f"{attn}out/bias"] = state[f"{ours}attn.proj.bias"]
         for j, name in enumerate(("fc1", "fc2")):
             out[f"{theirs}MlpBlock_3/Dense_{j}/kernel"] = state[f"{ours}mlp.{name}.weight"].T
@@ -371,11 +418,19 @@ def test_google_npz(tmp_path):
     source = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)
     nn.init.normal_(source.norm.weight)
     np.savez(tmp_path / "ViT-Ti_16.npz", **to_google(source))
-    net = models.create("vit_tiny_patch16_224", 3, checkpoint=tmp_path / "ViT-Ti_16.npz", img_size=32, method="linear")
+    net = models.create(
+        "vit_tiny_patch16_224",
+        3,
+        checkpoint=tmp_path / "ViT-Ti_16.npz",
+        img_size=32,
+        method="linear",
+    )
     for key, value in source.state_dict().items():
         if not key.startswith("head"):
             torch.testing.assert_close(net.state_dict()[key], value, msg=key)
-    larger = models.create("vit_tiny_patch16_224", 3, checkpoint=tmp_path / "ViT-Ti_16.npz", img_size=64)
+    larger = models.create(
+        "vit_tiny_patch16_224", 3, checkpoint=tmp_path / "ViT-Ti_16.npz", img_size=64
+    )
     assert larger.pos_embed.shape == (1, 17, 192)
     wrong = {key: value for key, value in to_google(source).items() if "encoderblock_11" not in key}
     np.savez(tmp_path / "wrong.npz", **wrong)
@@ -387,7 +442,9 @@ def test_against_lora_of_peft(images):
     """With p = 0 and lambda = alpha / r the model is PEFT's LoRA: same logits, same gradients."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     base = plain_nano()
-    other = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["qkv"]))
+    other = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["qkv"])
+    )
     models.inject(base, rank=4, mask_prob=0, coef_init=2.0)
     theirs = dict(other.named_modules())
     for name, layer in models.experts(base).items():
@@ -400,8 +457,12 @@ def test_against_lora_of_peft(images):
     other(images).square().sum().backward()
     for name, layer in models.experts(base).items():
         twin = theirs[f"base_model.model.{name}"]
-        torch.testing.assert_close(layer.lora_A.grad, twin.lora_A.default.weight.grad, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(layer.lora_B.grad, twin.lora_B.default.weight.grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            layer.lora_A.grad, twin.lora_A.default.weight.grad, rtol=1e-3, atol=1e-4
+        )
+        torch.testing.assert_close(
+            layer.lora_B.grad, twin.lora_B.default.weight.grad, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_compiled_model_and_checkpointed_blocks(nano, images):

@@ -50,11 +50,15 @@ def small(monkeypatch, name, counts, val, test):
 
 def by_hand(keys, split):
     """The rule in other words: the hex digest read as a number."""
-    return sorted(keys, key=lambda key: int(hashlib.md5(split.encode() + str(key).encode()).hexdigest(), 16))
+    return sorted(
+        keys, key=lambda key: int(hashlib.md5(split.encode() + str(key).encode()).hexdigest(), 16)
+    )
 
 
 def test_order_is_eurosats_published_one():
-    keys = [f"{name}_{name}_{i}.jpg" for name, count in EUROSAT.items() for i in range(1, count + 1)]
+    keys = [
+        f"{name}_{name}_{i}.jpg" for name, count in EUROSAT.items() for i in range(1, count + 1)
+    ]
     order = tfds_order(keys, "train")
     assert order[:2] == ["Forest_Forest_687.jpg", "Residential_Residential_188.jpg"]
     want = "d9a11f8c577477b9a1e5027b18ee0141a6c29f8343c3cfbbdf92362ab322ae65"
@@ -64,7 +68,9 @@ def test_order_is_eurosats_published_one():
 def test_order_of_integers_is_that_of_their_digits():
     assert tfds_order(range(100), "test") == by_hand(range(100), "test")
     assert tfds_order(range(100), "test") != tfds_order(range(100), "train")
-    assert [str(key) for key in tfds_order(range(100), "test")] == tfds_order(map(str, range(100)), "test")
+    assert [str(key) for key in tfds_order(range(100), "test")] == tfds_order(
+        map(str, range(100)), "test"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +96,20 @@ def test_caltech101_slices_are_the_published_ones(caltech):
         *("pagoda/image_0030.jpg", "brain/image_0041.jpg", "inline_skate/image_0009.jpg"),
         *("beaver/image_0031.jpg", "starfish/image_0060.jpg"),
     ]
-    assert len(both) == 1000 and len(set(both)) == 1000 and not set(both) & set(test) and len(set(test)) == 6085
-    assert sha256(train_labels) == "5a1ff7f40aa32fd8e068a571c3d120119e79885017db5d1fee576b57769f6286"
+    assert (
+        len(both) == 1000
+        and len(set(both)) == 1000
+        and not set(both) & set(test)
+        and len(set(test)) == 6085
+    )
+    assert (
+        sha256(train_labels) == "5a1ff7f40aa32fd8e068a571c3d120119e79885017db5d1fee576b57769f6286"
+    )
     assert sha256(val_labels) == "3539febce1620ea050226e48e514ecf5c52b0b89699a17b0400c0928cf33ab43"
-    assert sha256(test_labels[:500]) == "15511039da561248c2b6663e136fa9023c4babcf3df4925a9f2e38a77c8bec43"
+    assert (
+        sha256(test_labels[:500])
+        == "15511039da561248c2b6663e136fa9023c4babcf3df4925a9f2e38a77c8bec43"
+    )
 
 
 def test_caltech101_whether_or_not_the_stray_file_is_there(caltech):
@@ -108,7 +124,9 @@ def test_caltech101_whether_or_not_the_stray_file_is_there(caltech):
 def test_a_missing_original_image_is_noticed(caltech):
     gone = caltech / "caltech101/101_ObjectCategories/wrench/image_0007.jpg"
     gone.unlink()
-    with pytest.raises(DataError, match=r"caltech101: .* have \d+ test images and \d+ labels, not 6085: remove"):
+    with pytest.raises(
+        DataError, match=r"caltech101: .* have \d+ test images and \d+ labels, not 6085: remove"
+    ):
         official("caltech101", caltech, HALVES, (800, 200, 6085))
     gone.touch()
 
@@ -118,11 +136,17 @@ def test_eurosat_slices(tmp_path):
         (tmp_path / "eurosat/2750" / name).mkdir(parents=True)
         for i in range(1, count + 1):
             (tmp_path / "eurosat/2750" / name / f"{name}_{i}.jpg").touch()
-    (train, labels), (val, _), _, (test, test_labels) = official("eurosat", tmp_path, HALVES, (800, 200, 5400))
-    order = by_hand([f"{n}_{n}_{i}.jpg" for n, count in EUROSAT.items() for i in range(1, count + 1)], "train")
+    (train, labels), (val, _), _, (test, test_labels) = official(
+        "eurosat", tmp_path, HALVES, (800, 200, 5400)
+    )
+    order = by_hand(
+        [f"{n}_{n}_{i}.jpg" for n, count in EUROSAT.items() for i in range(1, count + 1)], "train"
+    )
     for found, want in ((train, order[:800]), (val, order[16200:16400]), (test, order[21600:])):
         assert [f"{path.parent.name}_{path.name}" for path in found] == want
-    assert all(list(EUROSAT)[label] == path.parent.name for label, path in zip(labels, train, strict=True))
+    assert all(
+        list(EUROSAT)[label] == path.parent.name for label, path in zip(labels, train, strict=True)
+    )
     assert len(test_labels) == 5400
 
 
@@ -161,7 +185,9 @@ def test_dtd_and_pets_lists(tmp_path):
     (train, labels), (val, _), _, (test, _) = official("dtd", tmp_path, HALVES, (800, 200, 1880))
     keys = [f"{name}/{name}_val{i:02}.jpg" for name in classes for i in range(40)]
     assert [f"{path.parent.name}/{path.name}" for path in val] == by_hand(keys, "validation")[:200]
-    assert [classes[label] for label in labels] == [path.parent.name for path in train] and len(set(test)) == 1880
+    assert [classes[label] for label in labels] == [path.parent.name for path in train] and len(
+        set(test)
+    ) == 1880
     listing = tmp_path / "dtd/dtd/labels/test1.txt"
     for line, message in (
         ("../class01/x.jpg", "test1.txt, line 2: ../class01/x.jpg leads out"),
@@ -180,12 +206,16 @@ def test_dtd_and_pets_lists(tmp_path):
     for part, count in (("trainval", 3680), ("test", 3669)):
         lines = [f"Pet_{part}_{i} {i % 37 + 1} 1 2" for i in range(count)]
         (folder / "annotations" / f"{part}.txt").write_text("\n".join(lines))
-    (train, labels), (val, _), _, (test, _) = official("oxford_iiit_pet", tmp_path, HALVES, (800, 200, 3669))
+    (train, labels), (val, _), _, (test, _) = official(
+        "oxford_iiit_pet", tmp_path, HALVES, (800, 200, 3669)
+    )
     order = by_hand([f"Pet_trainval_{i}.jpg" for i in range(3680)], "train")
     assert [path.name for path in train + val] == order[:800] + order[2944:3144]
     assert labels.tolist() == [int(name[13:-4]) % 37 for name in order[:800]] and len(test) == 3669
     (folder / "annotations/test.txt").write_text("Pet_1 x 1 2")
-    with pytest.raises(DataError, match="test.txt, line 1: expected '<name> <class> <species> <breed>'"):
+    with pytest.raises(
+        DataError, match="test.txt, line 1: expected '<name> <class> <species> <breed>'"
+    ):
         official("oxford_iiit_pet", tmp_path, HALVES, (800, 200, 3669))
 
 
@@ -212,7 +242,9 @@ def test_cifar_rows(tmp_path, monkeypatch):
 def test_damaged_cifar_is_an_error_not_a_reason_to_read_something_else(tmp_path):
     (tmp_path / "cifar-100-python").mkdir()
     (tmp_path / "cifar-100-python/train").write_bytes(b"damaged")
-    with pytest.raises(DataError, match=r"cifar: the originals at .*cifar-100-python are damaged") as raised:
+    with pytest.raises(
+        DataError, match=r"cifar: the originals at .*cifar-100-python are damaged"
+    ) as raised:
         data.load("cifar", tmp_path)
     assert not isinstance(raised.value, Missing)
 
@@ -220,7 +252,10 @@ def test_damaged_cifar_is_an_error_not_a_reason_to_read_something_else(tmp_path)
 def test_svhn_digit_zero_is_class_zero(tmp_path, monkeypatch):
     savemat = pytest.importorskip("scipy.io", reason="scipy is not installed").savemat
     rng = np.random.default_rng(0)
-    images = {part: rng.integers(0, 256, (32, 32, 3, count), np.uint8) for part, count in (("train", 60), ("test", 9))}
+    images = {
+        part: rng.integers(0, 256, (32, 32, 3, count), np.uint8)
+        for part, count in (("train", 60), ("test", 9))
+    }
     labels = {part: rng.integers(1, 11, value.shape[-1]) for part, value in images.items()}
     for part in images:
         savemat(tmp_path / f"{part}_32x32.mat", {"X": images[part], "y": labels[part][:, None]})
@@ -238,12 +273,25 @@ def test_patch_camelyon_rows(tmp_path, monkeypatch):
     (tmp_path / "pcam").mkdir()
     pixels = {}
     for part, count in (("train", 50), ("valid", 20), ("test", 7)):
-        pixels[part] = rng.integers(0, 256, (count, 96, 96, 3), np.uint8), rng.integers(0, 2, (count, 1, 1, 1))
+        pixels[part] = (
+            rng.integers(0, 256, (count, 96, 96, 3), np.uint8),
+            rng.integers(0, 2, (count, 1, 1, 1)),
+        )
         for kind, array in zip("xy", pixels[part], strict=True):
-            with h5py.File(tmp_path / f"pcam/camelyonpatch_level_2_split_{part}_{kind}.h5", "w") as file:
+            with h5py.File(
+                tmp_path / f"pcam/camelyonpatch_level_2_split_{part}_{kind}.h5", "w"
+            ) as file:
                 file[kind] = array
-    small(monkeypatch, "patch_camelyon", {"train": 50, "validation": 20, "test": 7}, ("validation", 0), ("test", 0))
-    (train, labels), (val, _), _, (test, _) = official("patch_camelyon", tmp_path, HALVES, (30, 10, 7))
+    small(
+        monkeypatch,
+        "patch_camelyon",
+        {"train": 50, "validation": 20, "test": 7},
+        ("validation", 0),
+        ("test", 0),
+    )
+    (train, labels), (val, _), _, (test, _) = official(
+        "patch_camelyon", tmp_path, HALVES, (30, 10, 7)
+    )
     order = [int(key[6:]) for key in by_hand([f"train_{i}" for i in range(50)], "train")[:30]]
     assert (
         np.array_equal(train, pixels["train"][0][order])
@@ -258,34 +306,60 @@ def test_dsprites_labels_and_brightness(tmp_path, monkeypatch):
     images = rng.integers(0, 2, (100, 64, 64), np.uint8)
     latents = np.stack([rng.integers(0, n, 100) for n in (1, 3, 6, 40, 32, 32)], 1)
     (tmp_path / "dsprites").mkdir()
-    np.savez(tmp_path / "dsprites/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz", imgs=images, latents_classes=latents)
+    np.savez(
+        tmp_path / "dsprites/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz",
+        imgs=images,
+        latents_classes=latents,
+    )
     order = by_hand(range(100), "train")
     for name, want in (("loc", latents[:, 4] // 2), ("ori", np.floor(latents[:, 3] / 2.5))):
         small(monkeypatch, f"dsprites_{name}", {"train": 100}, ("train", 80), ("train", 90))
-        (train, labels), _, _, (test, _) = official(f"dsprites_{name}", tmp_path, HALVES, (70, 10, 10))
-        assert np.array_equal(train, images[order[:70]] * 255) and labels.tolist() == want[order[:70]].tolist()
+        (train, labels), _, _, (test, _) = official(
+            f"dsprites_{name}", tmp_path, HALVES, (70, 10, 10)
+        )
+        assert (
+            np.array_equal(train, images[order[:70]] * 255)
+            and labels.tolist() == want[order[:70]].tolist()
+        )
         assert np.array_equal(test, images[order[90:]] * 255)
 
 
 def test_smallnorb_matrices(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    images = {part: rng.integers(0, 256, (40, 2, 96, 96), np.uint8) for part in ("training", "testing")}
-    info = np.stack([rng.integers(0, 10, 40), rng.integers(0, 9, 40), 2 * rng.integers(0, 18, 40)], 1).astype("<i4")
+    images = {
+        part: rng.integers(0, 256, (40, 2, 96, 96), np.uint8) for part in ("training", "testing")
+    }
+    info = np.stack(
+        [rng.integers(0, 10, 40), rng.integers(0, 9, 40), 2 * rng.integers(0, 18, 40)], 1
+    ).astype("<i4")
     for part, letters in (("training", "46789"), ("testing", "01235")):
         stem = tmp_path / f"smallnorb-5x{letters}x9x18x6x2x96x96-{part}"
-        raw = b"\x55\x4c\x3d\x1e" + np.array([4, *images[part].shape], "<i4").tobytes() + images[part].tobytes()
+        raw = (
+            b"\x55\x4c\x3d\x1e"
+            + np.array([4, *images[part].shape], "<i4").tobytes()
+            + images[part].tobytes()
+        )
         stem.with_name(f"{stem.name}-dat.mat").write_bytes(raw)
         raw = b"\x54\x4c\x3d\x1e" + np.array([2, 40, 3, 1], "<i4").tobytes() + info.tobytes()
         stem.with_name(f"{stem.name}-info.mat.gz").write_bytes(gzip.compress(raw))
     for name, want in (("azi", info[:, 2] // 2), ("ele", info[:, 1])):
-        small(monkeypatch, f"smallnorb_{name}", {"train": 40, "test": 40}, ("test", 0), ("test", 20))
-        (train, labels), (val, _), _, (test, _) = official(f"smallnorb_{name}", tmp_path, HALVES, (30, 10, 20))
+        small(
+            monkeypatch, f"smallnorb_{name}", {"train": 40, "test": 40}, ("test", 0), ("test", 20)
+        )
+        (train, labels), (val, _), _, (test, _) = official(
+            f"smallnorb_{name}", tmp_path, HALVES, (30, 10, 20)
+        )
         order = by_hand(range(40), "train")[:30]
-        assert np.array_equal(train, images["training"][order, 0]) and labels.tolist() == want[order].tolist()
+        assert (
+            np.array_equal(train, images["training"][order, 0])
+            and labels.tolist() == want[order].tolist()
+        )
         order = by_hand(range(40), "test")
         assert np.array_equal(val, images["testing"][order[:10], 0])
         assert np.array_equal(test, images["testing"][order[20:], 0])
-    (tmp_path / "smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat").write_bytes(b"MATLAB 5.0 MAT-file" * 9)
+    (tmp_path / "smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat").write_bytes(
+        b"MATLAB 5.0 MAT-file" * 9
+    )
     with pytest.raises(DataError, match="is not a matrix file of small NORB"):
         official("smallnorb_ele", tmp_path, HALVES, (30, 10, 20))
 
@@ -301,10 +375,18 @@ def test_clevr_counts_and_distances(tmp_path, monkeypatch):
             for i, distance in enumerate(distances)
         ]
         (tmp_path / "CLEVR_v1.0/scenes").mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"CLEVR_v1.0/scenes/CLEVR_{name}_scenes.json").write_text(json.dumps({"scenes": scenes[::-1]}))
+        (tmp_path / f"CLEVR_v1.0/scenes/CLEVR_{name}_scenes.json").write_text(
+            json.dumps({"scenes": scenes[::-1]})
+        )
     want = {"count": [i % 8 for i in range(10)], "dist": [0, 0, 1, 1, 2, 2, 3, 4, 4, 5]}
     for name, labels in want.items():
-        small(monkeypatch, f"clevr_{name}", {"train": 10, "validation": 10}, ("train", 6), ("validation", 0))
+        small(
+            monkeypatch,
+            f"clevr_{name}",
+            {"train": 10, "validation": 10},
+            ("train", 6),
+            ("validation", 0),
+        )
         found = official(f"clevr_{name}", tmp_path, HALVES, (5, 3, 10))
         for (paths, got), part in zip(found, ("train", "train", "train", "val"), strict=True):
             assert [labels[int(path.stem[-6:])] for path in paths] == got.tolist()
@@ -327,12 +409,19 @@ def test_kitti_videos_and_distances(tmp_path, monkeypatch):
     for i in range(60):
         line = f"{{}} 0 0 0 0 0 0 0 0 0 0 0 0 {near[i % 4] if i % 5 else 1e9} 0\n"
         kinds = ("Car", "Van", "Truck")[i % 3], "Pedestrian"
-        text = line.format(kinds[0]) + "Pedestrian 0 0 0 0 0 0 0 0 0 0 0 0 1.0 0\n" if i % 5 else "DontCare -1 -1\n"
+        text = (
+            line.format(kinds[0]) + "Pedestrian 0 0 0 0 0 0 0 0 0 0 0 0 1.0 0\n"
+            if i % 5
+            else "DontCare -1 -1\n"
+        )
         (tmp_path / f"kitti/training/label_2/{i:06}.txt").write_text(text)
     np.random.seed(123)  # TFDS's own calls
     test = np.random.choice(sorted(set(videos)), 2, replace=False)
     val = np.random.choice(sorted(set(videos) - set(test)), 2, replace=False)
-    of = {i: "test" if videos[k] in test else "val" if videos[k] in val else "train" for i, k in enumerate(place)}
+    of = {
+        i: "test" if videos[k] in test else "val" if videos[k] in val else "train"
+        for i, k in enumerate(place)
+    }
     counts = {"train": 48, "validation": 6, "test": 6}
     small(monkeypatch, "kitti", counts, ("validation", 0), ("test", 0))
     (train, labels), (val, _), _, (test, _) = official("kitti", tmp_path, HALVES, (48, 6, 6))
@@ -382,7 +471,10 @@ def test_a_download_that_breaks_off_leaves_nothing_that_counts(tmp_path, fetch, 
 
     fetch(breaks_off)
     for _ in range(2):
-        with pytest.raises(Missing, match=r"dtd: the download failed \(the line went dead\) and there is no .*by hand"):
+        with pytest.raises(
+            Missing,
+            match=r"dtd: the download failed \(the line went dead\) and there is no .*by hand",
+        ):
             data.load("dtd", root)
     # the archive is kept for torchvision to check or to fetch again, what was unpacked is not
     assert calls == [[], ["dtd", "dtd/dtd-r1.0.1.tar.gz"]] and not (root / "dtd").exists()
@@ -399,7 +491,9 @@ def test_a_download_that_breaks_off_leaves_nothing_that_counts(tmp_path, fetch, 
 def test_an_incomplete_folder_stands_in_the_way_of_a_download(tmp_path, fetch):
     (tmp_path / "dtd").mkdir()
     fetch(None)  # would raise
-    with pytest.raises(DataError, match="dtd: .*/dtd is not complete: remove it, or complete it by hand") as raised:
+    with pytest.raises(
+        DataError, match="dtd: .*/dtd is not complete: remove it, or complete it by hand"
+    ) as raised:
         data.load("dtd", tmp_path)
     assert not isinstance(raised.value, Missing)
 
@@ -427,10 +521,17 @@ def test_a_download_that_ends_is_moved_into_place(tmp_path, fetch):
 
     fetch(whole)
     train, test = data.load("dtd", tmp_path, img_size=8)
-    assert train.about == "originals, JPEG images, 1000 train / 1880 test" and train.benchmark == "vtab-1k"
+    assert (
+        train.about == "originals, JPEG images, 1000 train / 1880 test"
+        and train.benchmark == "vtab-1k"
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"dtd"}
     fetch(None)  # it is there: nothing is fetched again
     assert len(data.load("dtd", tmp_path)[1]) == 1880
-    (tmp_path / "dtd/dtd/images" / test.items[7].parent.name / test.items[7].name).write_bytes(b"no image")
-    with pytest.raises(DataError, match="dtd: the originals are not whole: .* is not a readable image"):
+    (tmp_path / "dtd/dtd/images" / test.items[7].parent.name / test.items[7].name).write_bytes(
+        b"no image"
+    )
+    with pytest.raises(
+        DataError, match="dtd: the originals are not whole: .* is not a readable image"
+    ):
         data.load("dtd", tmp_path)

@@ -41,20 +41,38 @@ def log(metrics):
 def test_a_run_and_all_its_files(run):
     metrics = run("--mask-prob", 0.3)
     folder = Path(metrics["run"])
-    assert {f.name for f in folder.iterdir()} == {"config.json", "log.csv", "metrics.json", "adapter.safetensors"}
+    assert {f.name for f in folder.iterdir()} == {
+        "config.json",
+        "log.csv",
+        "metrics.json",
+        "adapter.safetensors",
+    }
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert folder.parent == Path("runs/digits")
     net = models.create("vit_nano", 10)
     assert metrics["head_parameters"] == 97 * 10
     assert metrics["trainable_parameters"] == 6 * 8 * (96 + 288 + 1) + 970
-    assert metrics["trainable_parameters"] == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert metrics["trainable_parameters"] == sum(
+        p.numel() for p in net.parameters() if p.requires_grad
+    )
     assert metrics["method"] == "mlae" and metrics["dataset"] == "digits" and metrics["seed"] == 0
-    assert 15 < metrics["test_top1"] <= 100 and metrics["train_seconds"] > 0 and metrics["peak_memory_mb"] > 50
+    assert (
+        15 < metrics["test_top1"] <= 100
+        and metrics["train_seconds"] > 0
+        and metrics["peak_memory_mb"] > 50
+    )
     config = json.loads((folder / "config.json").read_text())
-    assert config["arguments"]["mask_prob"] == 0.3 and config["versions"]["torch"] == torch.__version__
-    assert config["weights"]["tag"] == "vit_nano:vit_nano.safetensors" and len(config["weights"]["sha256"]) == 64
+    assert (
+        config["arguments"]["mask_prob"] == 0.3 and config["versions"]["torch"] == torch.__version__
+    )
+    assert (
+        config["weights"]["tag"] == "vit_nano:vit_nano.safetensors"
+        and len(config["weights"]["sha256"]) == 64
+    )
     rows = log(metrics)
-    assert [row["epoch"] for row in rows] == ["1", "2"] and {row["mask_prob"] for row in rows} == {"0.3"}
+    assert [row["epoch"] for row in rows] == ["1", "2"] and {row["mask_prob"] for row in rows} == {
+        "0.3"
+    }
     assert float(rows[1]["loss"]) < float(rows[0]["loss"])
 
 
@@ -66,14 +84,20 @@ def test_the_score_is_that_of_the_saved_adapter_by_hand(run):
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
         logits = net((images / 255 - mean[:, None, None]) / std[:, None, None])
-    assert metrics["test_top1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item(), abs=0.13)
-    assert metrics["test_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-4)
+    assert metrics["test_top1"] == pytest.approx(
+        100 * (logits.argmax(1) == labels).double().mean().item(), abs=0.13
+    )
+    assert metrics["test_loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-4
+    )
 
 
 def test_same_seed_same_result_and_another_seed_another(run):
     first, again = run("--out", "a"), run("--out", "b", "--workers", 1)
     other = run("--out", "a", "--seed", 1)
-    one, two, three = (load_file(Path(m["run"], "adapter.safetensors")) for m in (first, again, other))
+    one, two, three = (
+        load_file(Path(m["run"], "adapter.safetensors")) for m in (first, again, other)
+    )
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not torch.equal(one["head.weight"], three["head.weight"])
     assert first["run"] != other["run"] and Path(first["run"]).name == Path(again["run"]).name
@@ -82,11 +106,21 @@ def test_same_seed_same_result_and_another_seed_another(run):
 def test_several_seeds_are_single_runs_and_their_mean(run):
     summary = run("--seeds", 0, 1, 2)
     single = run("--seed", 1)
-    scores = [json.loads(Path(folder, "metrics.json").read_text())["test_top1"] for folder in summary["run"]]
-    assert summary["seed"] == [0, 1, 2] and summary["run"][1] == single["run"] and scores[1] == single["test_top1"]
+    scores = [
+        json.loads(Path(folder, "metrics.json").read_text())["test_top1"]
+        for folder in summary["run"]
+    ]
+    assert (
+        summary["seed"] == [0, 1, 2]
+        and summary["run"][1] == single["run"]
+        and scores[1] == single["test_top1"]
+    )
     assert summary["test_top1"] == pytest.approx(np.mean(scores), abs=0.006)
     assert summary["test_top1_std"] == pytest.approx(np.std(scores, ddof=1), abs=0.006)
-    assert summary["trainable_parameters"] == single["trainable_parameters"] and "test_loss" not in summary
+    assert (
+        summary["trainable_parameters"] == single["trainable_parameters"]
+        and "test_loss" not in summary
+    )
 
 
 @pytest.mark.parametrize(("at", "amp"), [(1, "off"), (3, "off"), (1, "fp16")])
@@ -102,7 +136,9 @@ def test_resume_goes_on_as_if_nothing_had_happened(run, monkeypatch, at, amp):
     one, two = (load_file(Path(m["run"], "adapter.safetensors")) for m in (whole, resumed))
     assert all(torch.equal(one[key], two[key]) for key in one)
     for a, b in zip(log(whole), log(resumed), strict=True):
-        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+        assert {k: v for k, v in a.items() if k != "seconds"} == {
+            k: v for k, v in b.items() if k != "seconds"
+        }
     assert resumed["test_loss"] == whole["test_loss"]
     assert run("--out", "parts", *arguments, "--resume") == resumed  # finished: nothing runs again
 
@@ -114,7 +150,9 @@ def test_learning_rates_are_the_formula(run):
     got = [train.learning_rate(i, 52, 13, 1e-3) for i in range(52)]
     assert got == pytest.approx(want, rel=1e-12)
     rows = log(run("--val", "--epochs", 4, "--lr", 1e-3, "--warmup-epochs", 1))
-    assert [float(row["lr"]) for row in rows] == pytest.approx([want[12], want[25], want[38], want[51]])
+    assert [float(row["lr"]) for row in rows] == pytest.approx(
+        [want[12], want[25], want[38], want[51]]
+    )
 
 
 def test_folded_and_two_branch_training_coincide(run, monkeypatch):
@@ -144,7 +182,9 @@ def test_recomputed_blocks_give_the_same_training(run, capsys):
 
 
 def test_recomputation_is_refused_where_there_is_none(run, capsys, monkeypatch):
-    monkeypatch.delattr(models.timm.models.vision_transformer.VisionTransformer, "set_grad_checkpointing")
+    monkeypatch.delattr(
+        models.timm.models.vision_transformer.VisionTransformer, "set_grad_checkpointing"
+    )
     with pytest.raises(SystemExit) as stop:
         run("--grad-checkpoint")
     err = capsys.readouterr().err
@@ -152,7 +192,9 @@ def test_recomputation_is_refused_where_there_is_none(run, capsys, monkeypatch):
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(run):
-    whole, parts = (run("--mask-prob", 0, "--accumulate", n, "--batch-size", 50) for n in (1, 3))  # 17 + 17 + 16
+    whole, parts = (
+        run("--mask-prob", 0, "--accumulate", n, "--batch-size", 50) for n in (1, 3)
+    )  # 17 + 17 + 16
     losses = [[float(row["loss"]) for row in log(metrics)] for metrics in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and whole["run"] != parts["run"]
     assert parts["test_loss"] == pytest.approx(whole["test_loss"], rel=5e-3)
@@ -166,7 +208,9 @@ def test_mixed_precision(run, monkeypatch, amp):
 
     def forward(self, x):
         y = head(self, x)
-        if not torch.is_inference_mode_enabled() and torch.is_grad_enabled():  # not the probe of `inject`
+        if (
+            not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        ):  # not the probe of `inject`
             dtypes.add(y.dtype)
         return y
 
@@ -183,31 +227,57 @@ def test_no_compilation_after_the_first_step(run, monkeypatch):
     from torch._dynamo.utils import counters
 
     compile_it, frames = torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compile_it(model, backend="aot_eager", **kwargs))
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **kwargs: compile_it(model, backend="aot_eager", **kwargs)
+    )
     step = torch.optim.AdamW.step
     monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda *a, **k: frames.append(counters["frames"]["total"]) or step(*a, **k)
+        torch.optim.AdamW,
+        "step",
+        lambda *a, **k: frames.append(counters["frames"]["total"]) or step(*a, **k),
     )
     metrics = run("--compile", "--epochs", 3, "--mask-schedule", "increase")
-    newest = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)  # torch 2.6 looks at a first p of 0 again
+    newest = tuple(map(int, torch.__version__.split(".")[:2])) >= (
+        2,
+        15,
+    )  # torch 2.6 looks at a first p of 0 again
     assert len(frames) == 3 * 16 and len(set(frames)) <= (1 if newest else 2) and frames[0] > 0
     assert [row["mask_prob"] for row in log(metrics)] == ["0.0", "0.25", "0.5"]
 
 
 def test_every_method_and_masking(run):
     head = run("--method", "linear", "--val")
-    assert head["trainable_parameters"] == head["head_parameters"] == 970 and "test_top1" not in head
-    assert run("--method", "full", "--epochs", 1)["trainable_parameters"] == 688_138 - 12 * 96  # 12 positions fewer
+    assert (
+        head["trainable_parameters"] == head["head_parameters"] == 970 and "test_top1" not in head
+    )
+    assert (
+        run("--method", "full", "--epochs", 1)["trainable_parameters"] == 688_138 - 12 * 96
+    )  # 12 positions fewer
     assert run("--method", "lora")["trainable_parameters"] == 6 * 8 * (96 + 288) + 970
-    fixed = run("--masking", "fixed", "--mask-pattern", "incremental", "--targets", "attn.proj", "mlp.fc2")
+    fixed = run(
+        "--masking", "fixed", "--mask-pattern", "incremental", "--targets", "attn.proj", "mlp.fc2"
+    )
     assert {row["mask_prob"] for row in log(fixed)} == {"0.0"}
-    mixed = run("--masking", "mixed", "--mask-schedule", "decrease", "--rank", 2, "--normalize", "model")
+    mixed = run(
+        "--masking", "mixed", "--mask-schedule", "decrease", "--rank", 2, "--normalize", "model"
+    )
     assert [row["mask_prob"] for row in log(mixed)] == ["0.5", "0.0"]
     assert len({m["run"] for m in (head, fixed, mixed)}) == 3
 
 
 def test_frozen_batch_norms_keep_their_statistics(run, capsys):
-    metrics = run("--model", "resnet18", "--checkpoint", "none", "--method", "linear", "--epochs", 1, "--img-size", 16)
+    metrics = run(
+        "--model",
+        "resnet18",
+        "--checkpoint",
+        "none",
+        "--method",
+        "linear",
+        "--epochs",
+        1,
+        "--img-size",
+        16,
+    )
     torch.manual_seed(0)
     net = models.create("resnet18", 10, pretrained=False, method="linear").eval()
     models.load_adapter(net, Path(metrics["run"], "adapter.safetensors"))
@@ -249,7 +319,9 @@ def score_again(capsys, *arguments):
     return stop.value.code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("arguments", [[], ["--val", "--amp", "bf16", "--masking", "mixed"], ["--method", "full"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--val", "--amp", "bf16", "--masking", "mixed"], ["--method", "full"]]
+)
 def test_eval_repeats_the_number(run, capsys, monkeypatch, tmp_path, arguments):
     metrics = run(*arguments)
     folder = Path(metrics["run"]).resolve()
@@ -260,7 +332,10 @@ def test_eval_repeats_the_number(run, capsys, monkeypatch, tmp_path, arguments):
     for name in ("reported ", "unmerged ", "merged   "):
         assert f"\n{name} top-1 {top1:.2f} %   loss {loss:.6f}\n" in out
     assert out.rstrip().endswith("they agree") and code == 0
-    assert f"{metrics['trainable_parameters']:,} trained, of them {metrics['head_parameters']:,} in the head" in out
+    assert (
+        f"{metrics['trainable_parameters']:,} trained, of them {metrics['head_parameters']:,} in the head"
+        in out
+    )
 
 
 def test_eval_of_what_is_not_the_run_it_was(run, capsys, tmp_path, monkeypatch):
@@ -285,7 +360,9 @@ def cifar(tmp_path):
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(10):
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / "images" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(
+            folder / "images" / f"{i}.png"
+        )
     for i in range(10, 3000):
         (folder / "images" / f"{i}.png").symlink_to(f"{i % 10}.png")
     write_lists(folder, 30, 7)
@@ -293,9 +370,16 @@ def cifar(tmp_path):
 
 
 def write_lists(folder, test, step):
-    cuts = {"train800": (0, 800), "val200": (800, 1000), "train800val200": (0, 1000), "test": (1000, 1000 + test)}
+    cuts = {
+        "train800": (0, 800),
+        "val200": (800, 1000),
+        "train800val200": (0, 1000),
+        "test": (1000, 1000 + test),
+    }
     for name, cut in cuts.items():
-        (folder / f"{name}.txt").write_text("".join(f"images/{i}.png {i % 10 * step}\n" for i in range(*cut)))
+        (folder / f"{name}.txt").write_text(
+            "".join(f"images/{i}.png {i % 10 * step}\n" for i in range(*cut))
+        )
 
 
 def test_a_vtab_task_from_its_prepared_folder(run, cifar):
@@ -316,11 +400,20 @@ def test_a_vtab_task_from_its_prepared_folder(run, cifar):
         (["--rank", "0"], "argument --rank: must be 1 or more, not 0"),
         (["--rank", "x"], "argument --rank: invalid int value: 'x'"),
         (["--lr", "-1"], "argument --lr: must be above 0, not -1"),
-        (["--targets", "attn.qvk"], "target 'attn.qvk' matches no linear layer of vit_nano; there are: attn.qkv (6)"),
+        (
+            ["--targets", "attn.qvk"],
+            "target 'attn.qvk' matches no linear layer of vit_nano; there are: attn.qkv (6)",
+        ),
         (["--dataset", "dtd"], "get it by hand from https://www.robots.ox.ac.uk"),
         (["--dataset", "sun397"], "/data/vtab-1k/sun397: unpack a prepared archive"),
-        (["--dataset", "dtd", "--source", "prepared"], "/data/vtab-1k/dtd: unpack a prepared archive"),
-        (["--dataset", "sun397", "--source", "original"], "sun397 has a prepared folder only; use --source prepared"),
+        (
+            ["--dataset", "dtd", "--source", "prepared"],
+            "/data/vtab-1k/dtd: unpack a prepared archive",
+        ),
+        (
+            ["--dataset", "sun397", "--source", "original"],
+            "sun397 has a prepared folder only; use --source prepared",
+        ),
         (["--source", "tfds"], "argument --source: invalid choice: 'tfds'"),
         (["--dataset", "cub"], "/data/fgvc/cub: put the images of CUB-200-2011 into"),
         (["--accumulate", "0"], "argument --accumulate: must be 1 or more, not 0"),
@@ -329,7 +422,10 @@ def test_a_vtab_task_from_its_prepared_folder(run, cifar):
         (["--model", "vit_nanoo"], "timm has no model 'vit_nanoo'"),
         (["--checkpoint", "absent.pth"], "no checkpoint file "),
         (["--warmup-epochs", "2"], "--warmup-epochs 2 must be from 0 to below --epochs 2"),
-        (["--mask-schedule", "increase", "--masking", "fixed"], "--mask-schedule increase needs --masking stochastic"),
+        (
+            ["--mask-schedule", "increase", "--masking", "fixed"],
+            "--mask-schedule increase needs --masking stochastic",
+        ),
         (
             ["--mask-pattern", "hourglass", "--mask-prob", "0.8"],
             "hourglass over 6 layers reaches a mean of 0.66 at most",
@@ -354,7 +450,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, ar
     with pytest.raises(SystemExit) as stop:
         train.main(["--epochs", "2", *arguments])
     captured = capsys.readouterr()
-    assert stop.value.code == 2 and captured.err.count("\n") == 1 and message in captured.err, captured.err
+    assert stop.value.code == 2 and captured.err.count("\n") == 1 and message in captured.err, (
+        captured.err
+    )
     assert not captured.out and not list(tmp_path.iterdir())
 
 
@@ -407,7 +505,9 @@ def test_resume_only_on_the_same_images(run, cifar, capsys, monkeypatch):
     fresh = run(*arguments[:-1], "--out", "fresh")
     assert first["test_loss"] == fresh["test_loss"]
     write_lists(cifar, 40, 7)  # the subset grows: its result is no longer this one
-    assert run(*arguments)["data"].startswith("prepared folder, PNG images, 1000 train / 40 of 10000")
+    assert run(*arguments)["data"].startswith(
+        "prepared folder, PNG images, 1000 train / 40 of 10000"
+    )
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "config.json", "state.pt"])
@@ -422,7 +522,11 @@ def test_damaged_files_of_a_run(run, capsys, monkeypatch, name):
         with pytest.raises(SystemExit) as stop:
             run("--resume")
         err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count("\n") == 1 and "state.pt: remove it to start anew" in err
+        assert (
+            stop.value.code == 2
+            and err.count("\n") == 1
+            and "state.pt: remove it to start anew" in err
+        )
         return
     whole = run()
     Path(whole["run"], name).write_text("{")
@@ -434,7 +538,9 @@ def test_resume_takes_only_the_same_checkpoint(run, tmp_path):
     weights = load_file(models.NANO_FILE)
     for name, shift in (("a", 0), ("b", 0.1)):
         (tmp_path / name).mkdir()
-        models.save_file({k: v + shift for k, v in weights.items()}, tmp_path / name / "model.safetensors")
+        models.save_file(
+            {k: v + shift for k, v in weights.items()}, tmp_path / name / "model.safetensors"
+        )
     first = run("--checkpoint", "a/model.safetensors")
     other = run("--checkpoint", "b/model.safetensors", "--resume")
     assert first["run"] != other["run"] and first["test_loss"] != other["test_loss"]
@@ -459,15 +565,28 @@ def test_a_bug_keeps_its_traceback(run, monkeypatch):
 
 def test_the_command_line_itself(tmp_path):
     bad = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--dataset", "cifra"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, ROOT / "train.py", "--dataset", "cifra"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
-    assert bad.returncode == 2 and bad.stderr == "train.py: error: unknown dataset 'cifra': did you mean 'cifar'?\n"
-    assert subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True).returncode == 0
+    assert (
+        bad.returncode == 2
+        and bad.stderr == "train.py: error: unknown dataset 'cifra': did you mean 'cifar'?\n"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, ROOT / "train.py", "--help"], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 def test_demo_beats_the_linear_probe(run):
     """The README's claim with fewer epochs: the method shows."""
-    mlae, linear = (run("--epochs", 10, "--img-size", 28, "--method", method) for method in ("mlae", "linear"))
+    mlae, linear = (
+        run("--epochs", 10, "--img-size", 28, "--method", method) for method in ("mlae", "linear")
+    )
     assert mlae["test_top1"] > linear["test_top1"] + 5
 
 
@@ -479,7 +598,16 @@ def test_real_images_and_a_real_model(run):
     if not file or not (folder / "vtab-1k/cifar").is_dir():
         pytest.skip("no data/vtab-1k/cifar or no MLAE_CHECKPOINT=<a vit_small_patch14_dinov2 file>")
     metrics = run(
-        *("--dataset", "cifar", "--data-dir", folder, "--model", "vit_small_patch14_dinov2", "--checkpoint", file),
+        *(
+            "--dataset",
+            "cifar",
+            "--data-dir",
+            folder,
+            "--model",
+            "vit_small_patch14_dinov2",
+            "--checkpoint",
+            file,
+        ),
         *("--img-size", 42, "--epochs", 3),
     )
     assert metrics["test_top1"] > 3  # chance is 1; three epochs at 42 pixels gave 5.8
@@ -502,10 +630,23 @@ def suite(three, run, capsys, monkeypatch):
     monkeypatch.chdir(three)
 
     def call(*arguments):
-        base = ["--dataset", "vtab", "--device", "cpu", "--model", "vit_nano", "--epochs", "1", "--img-size", "14"]
+        base = [
+            "--dataset",
+            "vtab",
+            "--device",
+            "cpu",
+            "--model",
+            "vit_nano",
+            "--epochs",
+            "1",
+            "--img-size",
+            "14",
+        ]
         train.main([*base, *map(str, arguments)])
         out, err = capsys.readouterr()
-        assert not [line for line in err.splitlines() if "step" not in line]  # tqdm's bar, on a terminal
+        assert not [
+            line for line in err.splitlines() if "step" not in line
+        ]  # tqdm's bar, on a terminal
         return out, json.loads(out.splitlines()[-1])
 
     return call
@@ -513,7 +654,11 @@ def suite(three, run, capsys, monkeypatch):
 
 def table(text):
     """{first cell: other cells} of the markdown table's rows."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line[:1] == "|"
+    ]
     return {row[0]: row[1:] for row in cells}
 
 
@@ -522,12 +667,19 @@ def test_a_suite_runs_what_is_there_and_lists_the_rest(suite, three, monkeypatch
     rows = table(out)
     single = json.loads(next(Path("runs/dtd").glob("*/metrics.json")).read_text())["test_top1"]
     assert {path.name for path in Path("runs").iterdir()} == {"cifar", "dtd", "kitti"}
-    assert "PARTIAL, no vtab-1k result: mlae has 2 of 19 tasks" in out and "left out: 16 of 19 tasks" in out
+    assert (
+        "PARTIAL, no vtab-1k result: mlae has 2 of 19 tasks" in out
+        and "left out: 16 of 19 tasks" in out
+    )
     assert rows["cifar"][0].endswith(" *") and "30 of 10000 test (subset)" in rows["cifar"][1]
     assert "* not a result on vtab-1k" in out
     assert rows["dtd"][0] == f"{single:.2f} (1)" and rows["svhn"][0] == "-"
     assert rows["natural"][0] == f"{single:.2f} (1) [1 of 7 tasks]"  # the subset is in no mean
-    assert rows["mean of groups"][0] == "-" and rows["MLAE (Wang et al. 2024)"][:3] == ["78.8", "-", "90.9"]
+    assert rows["mean of groups"][0] == "-" and rows["MLAE (Wang et al. 2024)"][:3] == [
+        "78.8",
+        "-",
+        "90.9",
+    ]
     missing = [line for line in out.splitlines() if line.startswith("- ")]
     assert len(missing) == 16 and all("unpack" in line or "pip install" in line for line in missing)
     assert last["dataset"] == "vtab" and last["test_top1"] is None and len(last["run"]) == 3
@@ -538,7 +690,10 @@ def test_a_suite_runs_what_is_there_and_lists_the_rest(suite, three, monkeypatch
 
 def test_a_suite_of_several_seeds(suite):
     out, last = suite("--seeds", 0, 1, 2, "--mask-prob", 0.1)
-    scores = [json.loads(file.read_text())["test_top1"] for file in Path("runs/dtd").glob("*/metrics.json")]
+    scores = [
+        json.loads(file.read_text())["test_top1"]
+        for file in Path("runs/dtd").glob("*/metrics.json")
+    ]
     mean, std = np.mean(scores), np.std(scores, ddof=1)
     assert table(out)["dtd"][0] == f"{mean:.2f} ± {std:.2f} (3)" and last["seed"] == [0, 1, 2]
 
@@ -546,7 +701,11 @@ def test_a_suite_of_several_seeds(suite):
 def test_a_suite_goes_on_past_damaged_data_and_divergence(suite, three, monkeypatch):
     (three / "data/vtab-1k/dtd/test.txt").write_text("images/0.png x\n")
     out, _ = suite("--dataset", "vtab")
-    assert "left out: 17 of 19 tasks" in out and "- dtd: " in out and "test.txt, line 1: expected" in out
+    assert (
+        "left out: 17 of 19 tasks" in out
+        and "- dtd: " in out
+        and "test.txt, line 1: expected" in out
+    )
     evaluate, calls = train.evaluate, []
     monkeypatch.setattr(train, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
     with pytest.raises(SystemExit) as stop:
@@ -575,22 +734,47 @@ def test_training_on_fgvc_crops(run, tmp_path, capsys):
             coarse.resize((40, 30)).save(tmp_path / f"data/fgvc/cub/images/{part}{i}.png")
         listing = {f"{part}{i}.png": i % 4 + 1 for i in range(count)}
         (tmp_path / f"data/fgvc/cub/{part}.json").write_text(json.dumps(listing))
-    arguments = ["--dataset", "cub", "--model", "vit_nano", "--drop-path", 0, "--method", "linear", "--batch-size", 8]
+    arguments = [
+        "--dataset",
+        "cub",
+        "--model",
+        "vit_nano",
+        "--drop-path",
+        0,
+        "--method",
+        "linear",
+        "--batch-size",
+        8,
+    ]
     held = run(*arguments)
-    assert held["data"] == "lists of VPT, PNG images, 50 of 5994 train (subset) / 10 of 5794 test (subset)"
-    assert held["benchmark"] == "not fgvc" and (tmp_path / "data/cache/cub-lists-trainval-14.safetensors").exists()
+    assert (
+        held["data"]
+        == "lists of VPT, PNG images, 50 of 5994 train (subset) / 10 of 5794 test (subset)"
+    )
+    assert (
+        held["benchmark"] == "not fgvc"
+        and (tmp_path / "data/cache/cub-lists-trainval-14.safetensors").exists()
+    )
     again = run(*arguments, "--out", "again", "--workers", 0)
     assert again["test_loss"] == held["test_loss"]
     assert [row["loss"] for row in log(again)] == [row["loss"] for row in log(held)]
 
 
 def write_run(root, task, seed, top1, benchmark="vtab-1k", val=False, **arguments):
-    folder = Path(root, task, f"{seed}-{val}-{'-'.join(map(str, arguments.values())).replace('/', '')}")
+    folder = Path(
+        root, task, f"{seed}-{val}-{'-'.join(map(str, arguments.values())).replace('/', '')}"
+    )
     folder.mkdir(parents=True)
     arguments = {"method": "mlae", "dataset": task, "seed": seed, "val": val, "rank": 8} | arguments
     (folder / "config.json").write_text(json.dumps({"arguments": arguments}))
     split = "val" if val else "test"
-    metrics = {"dataset": task, "seed": seed, f"{split}_top1": top1, "benchmark": benchmark, "data": "originals"}
+    metrics = {
+        "dataset": task,
+        "seed": seed,
+        f"{split}_top1": top1,
+        "benchmark": benchmark,
+        "data": "originals",
+    }
     metrics["model"] = "vit"
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
@@ -599,7 +783,9 @@ def write_run(root, task, seed, top1, benchmark="vtab-1k", val=False, **argument
 def all_runs(tmp_path):
     """19 tasks x 2 seeds of one configuration, 5 x 1 of FGVC, three of another configuration."""
     scores = {}
-    for i, task in enumerate(task for task in data.TASKS.values() if task.benchmark in ("vtab-1k", "fgvc")):
+    for i, task in enumerate(
+        task for task in data.TASKS.values() if task.benchmark in ("vtab-1k", "fgvc")
+    ):
         for seed in (0, 1) if task.benchmark == "vtab-1k" else (0,):
             scores[task.name, seed] = 50 + 2 * i + 3 * seed * (i % 3)
             write_run(tmp_path / "runs", task.name, seed, scores[task.name, seed], task.benchmark)
@@ -623,12 +809,21 @@ def test_the_table_of_all_runs(all_runs, capsys):
     for name, values in means.items():
         assert rows[name][0] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f} (2)"
     assert rows["vtab-1k, test top-1 (%)"][:2] == ["mlae rank=8", "mlae rank=4"]
-    assert rows["caltech101"][1] == "-" and rows["dtd"][1] == "71.00 ± 1.00 (3)" and "vtab-1k, val top-1" in out
+    assert (
+        rows["caltech101"][1] == "-"
+        and rows["dtd"][1] == "71.00 ± 1.00 (3)"
+        and "vtab-1k, val top-1" in out
+    )
     sets = [value for (task, _), value in scores.items() if data.TASKS[task].benchmark == "fgvc"]
-    fgvc = table(out[out.index("| fgvc, ") : out.index("| vtab-1k, val")]) | table(out[out.index("| published") :])
+    fgvc = table(out[out.index("| fgvc, ") : out.index("| vtab-1k, val")]) | table(
+        out[out.index("| published") :]
+    )
     assert len(sets) == 5 and fgvc["cub"][0] == f"{sets[0]:.2f} (1)"
     assert fgvc["mean of tasks"][0] == f"{np.mean(sets):.2f} (1)"
-    assert out.count("PARTIAL") == 2 and "PARTIAL, no vtab-1k result: mlae rank=4 has 1 of 19 tasks" in out
+    assert (
+        out.count("PARTIAL") == 2
+        and "PARTIAL, no vtab-1k result: mlae rank=4 has 1 of 19 tasks" in out
+    )
     assert "best epoch on the test set" in fgvc["LoRA, r = 8 (from NOAH)"]
 
 
@@ -648,9 +843,14 @@ def test_the_tables_formats_agree(all_runs, capsys):
     for line, row in zip(lines, rows["runs"], strict=False):
         assert {key: "" if value is None else str(value) for key, value in row.items()} == line
     latex = tabulated(capsys, folder, "--format", "latex")[1]
-    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 4 and r"smallnorb\_ele & " in latex
+    assert (
+        latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 4
+        and r"smallnorb\_ele & " in latex
+    )
     body = [line for line in latex.splitlines() if line.endswith(r"\\")]
-    columns = [line.count("r") - 2 for line in latex.splitlines() if line.startswith(r"\begin{tabular}{")]
+    columns = [
+        line.count("r") - 2 for line in latex.splitlines() if line.startswith(r"\begin{tabular}{")
+    ]
     assert all(line.count("&") - line.count(r"\&") > 1 for line in body) and columns
 
 
@@ -667,14 +867,23 @@ def test_seeds_that_differ_make_no_result(all_runs, capsys):
     next(folder.glob("dtd/1-False-")).rename(folder.parent / "aside")
     out = tabulated(capsys, folder)[1]
     assert "mlae rank=8 has 19 of 19 tasks with official data, of unequal seeds" in out
-    rows = {row["task"]: row for row in json.loads(tabulated(capsys, folder, "--format", "json")[1])["runs"][:24]}
-    assert not rows["natural"]["official"] and rows["natural"]["std"] is None and rows["structured"]["official"]
+    rows = {
+        row["task"]: row
+        for row in json.loads(tabulated(capsys, folder, "--format", "json")[1])["runs"][:24]
+    }
+    assert (
+        not rows["natural"]["official"]
+        and rows["natural"]["std"] is None
+        and rows["structured"]["official"]
+    )
     assert not rows["mean of groups"]["official"] and rows["natural"]["seeds"] == 1
 
 
 def test_the_same_weights_from_two_places_are_one_configuration(tmp_path, capsys):
     for seed, (checkpoint, source) in enumerate([("/a/x.npz", "auto"), ("/b/x.npz", "prepared")]):
-        write_run(tmp_path / "runs", "svhn", seed, 70.0 + seed, checkpoint=checkpoint, source=source)
+        write_run(
+            tmp_path / "runs", "svhn", seed, 70.0 + seed, checkpoint=checkpoint, source=source
+        )
     assert table(tabulated(capsys, tmp_path / "runs")[1])["svhn"][0] == "70.50 ± 0.71 (2)"
 
 
