@@ -1,18 +1,18 @@
 """The readers of the originals, on their own files made small, and the download."""
 
-import dataclasses
 import gzip
 import hashlib
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import data
 import originals
-from originals import official
+import sources
+import splits
 from splits import CUTS, Cut, DataError, Missing, Slice
 
 # fmt: off
@@ -43,16 +43,29 @@ def sha256(words):
     return hashlib.sha256(" ".join(map(str, words)).encode()).hexdigest()
 
 
-def cut(name, root):
-    """(images, labels) of the task's three slices."""
-    found = official(name, root, ROLES)
-    return [found[role] for role in ROLES]
+@pytest.fixture(autouse=True)
+def _formats(monkeypatch):
+    """Files may be empty here."""
+    monkeypatch.setattr(sources, "image_format", lambda item, where: "JPEG")
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Let originals have other keys and labels than the official ones."""
+    monkeypatch.setattr(splits, "prove_keys", lambda name, role, keys: splits.sha256(keys))
+    monkeypatch.setattr(splits, "prove_labels", lambda *arguments: splits.Proof(None))
+
+
+def cut(name, root, roles=ROLES):
+    """(images, labels) of the task's slices."""
+    found = sources.read_originals(data.TASKS[name], root, roles, "original", True)
+    return [(found.images[role], found.labels[role]) for role in roles]
 
 
 def small(monkeypatch, name, counts, *slices):
     """Let a task's originals be few, cut into these slices (split, start, count)."""
-    few = Cut(counts, *[Slice(*each) for each in slices])
-    monkeypatch.setitem(CUTS, name, few)
+    few = [Slice(split, start, start + count) for split, start, count in slices]
+    monkeypatch.setitem(CUTS, name, Cut(counts, *few, ordered=True))
 
 
 def by_hand(keys, split):
@@ -73,30 +86,25 @@ def caltech(tmp_path_factory):
     return root
 
 
-def test_caltech101_slices_are_the_published_ones(caltech):
-    """By the label sequences of a prepared copy and the first file names of the published training split."""
+def test_caltech101_slices_are_the_official_ones(caltech):
+    """By the counts of TFDS's metadata, the digests of the facts, and a prepared copy's labels."""
     assert sum(CALTECH.values()) == 9144
-    (train, train_labels), (val, val_labels), (test, test_labels) = cut("caltech101", caltech)
-    both = train + val
-    names = [f"{path.parent.name}/{path.name}" for path in train[:5]]
-    assert names == [
-        *("pagoda/image_0030.jpg", "brain/image_0041.jpg", "inline_skate/image_0009.jpg"),
-        *("beaver/image_0031.jpg", "starfish/image_0060.jpg"),
-    ]
-    assert (
-        len(both) == 1000
-        and len(set(both)) == 1000
-        and not set(both) & set(test)
-        and len(set(test)) == 6085
-    )
-    assert (
-        sha256(train_labels) == "5a1ff7f40aa32fd8e068a571c3d120119e79885017db5d1fee576b57769f6286"
-    )
-    assert sha256(val_labels) == "3539febce1620ea050226e48e514ecf5c52b0b89699a17b0400c0928cf33ab43"
-    assert (
-        sha256(test_labels[:500])
-        == "15511039da561248c2b6663e136fa9023c4babcf3df4925a9f2e38a77c8bec43"
-    )
+    task = data.TASKS["caltech101"]
+    found = sources.read_originals(task, caltech, ROLES, "original", True)
+    assert CUTS["caltech101"].counts == {"train": 3060, "test": 6084}
+    assert found.digests == {
+        "train800": "b508d3bc3b228f01e14401b4ba49bcb5a14b69174d292aada61e848f54fc84fd",
+        "val200": "7d66c33f70fd64bea28af098874cf80ba2bbea52b9d3385f24328dd90f2e39c3",
+        "test": "e5f1185162dc93b9730e517a94b48dc25db6f627104ef0168aea542d5007876a",
+    }
+    training = found.images["train"] + found.images["val"]
+    assert len(set(training)) == 1000 and len(set(found.images["test"])) == 6084
+    assert not set(training) & set(found.images["test"])
+    keys = [f"{path.parent.name}/{path.name}" for path in found.images["train"]]
+    assert splits.sha256(keys) == found.digests["train800"]
+    assert found.labels["train"][:5].tolist() == [51, 23, 58, 43, 44]
+    assert found.labels["val"][:5].tolist() == [77, 15, 61, 28, 46]
+    assert found.labels["test"][:5].tolist() == [4, 89, 66, 5, 4]
 
 
 def test_caltech101_whether_or_not_the_stray_file_is_there(caltech):
@@ -108,14 +116,33 @@ def test_caltech101_whether_or_not_the_stray_file_is_there(caltech):
     assert all(a[0] == b[0] for a, b in zip(with_it, without, strict=True))
 
 
-def test_a_missing_original_image_is_noticed(caltech):
-    gone = caltech / "caltech101/101_ObjectCategories/wrench/image_0007.jpg"
-    gone.unlink()
-    with pytest.raises(
-        DataError, match=r"caltech101: .* have \d+ test images and \d+ labels, not 6085: remove"
-    ):
+@pytest.mark.parametrize("change", ["renamed", "missing", "added", "moved"])
+def test_a_changed_file_of_caltech101_is_named(caltech, change):
+    folder = caltech / "caltech101/101_ObjectCategories"
+    file, other = folder / "wrench/image_0007.jpg", folder / "wrench/image_7.jpg"
+    if change == "moved":
+        other = folder / "yin_yang/image_0061.jpg"
+    names = {"missing": file, "added": other}
+    if change == "added":
+        other.touch()
+    else:
+        file.rename(other)
+        if change == "missing":
+            other.unlink()
+        else:
+            names = {"missing": file, "added": other}
+    missing = change != "added"
+    added = change != "missing"
+    want = f"{int(missing)} files" if missing else "no files"
+    with pytest.raises(DataError) as raised:
         cut("caltech101", caltech)
-    gone.touch()
+    other.unlink(missing_ok=True)
+    file.touch()
+    message = str(raised.value)
+    assert message.startswith(f"caltech101: {want}") and "\n" not in message
+    assert (str(names["missing"].relative_to(folder)) in message) == missing
+    assert (str(names["added"].relative_to(folder)) in message) == added
+    assert re.search(r"which changes \d+ of train800, \d+ of val200, [1-9]\d* of test", message)
 
 
 def test_eurosat_slices(tmp_path):
@@ -135,7 +162,7 @@ def test_eurosat_slices(tmp_path):
     assert len(test_labels) == 5400
 
 
-def test_flowers_from_setid(tmp_path):
+def test_flowers_from_setid(tmp_path, made_up):
     savemat = pytest.importorskip("scipy.io", reason="scipy is not installed").savemat
     rng = np.random.default_rng(0)
     labels, ids = rng.integers(1, 103, 8189), rng.permutation(np.arange(1, 8190))
@@ -157,7 +184,7 @@ def test_flowers_from_setid(tmp_path):
         cut("oxford_flowers102", tmp_path)
 
 
-def test_dtd_and_pets_lists(tmp_path):
+def test_dtd_and_pets_lists(tmp_path, made_up):
     classes = [f"class{i:02}" for i in range(47)]
     for name in classes:
         (tmp_path / "dtd/dtd/images" / name).mkdir(parents=True)
@@ -200,7 +227,7 @@ def test_dtd_and_pets_lists(tmp_path):
         cut("oxford_iiit_pet", tmp_path)
 
 
-def test_cifar_rows(tmp_path, monkeypatch):
+def test_cifar_rows(tmp_path, monkeypatch, made_up):
     rng = np.random.default_rng(0)
     (tmp_path / "cifar-100-python").mkdir()
     pixels = {}
@@ -221,9 +248,9 @@ def test_cifar_rows(tmp_path, monkeypatch):
     assert labels.tolist() == [pixels["train labels"][i] for i in order[:80]] and len(test) == 30
     (tmp_path / "cifar-100-python/test").unlink()
     (tmp_path / "cifar-100-python/test").mkdir()  # whoever opens it fails
-    assert np.array_equal(official("cifar", tmp_path, ["train", "val"])["val"][0], val)
+    assert np.array_equal(cut("cifar", tmp_path, ["train", "val"])[1][0], val)
     with pytest.raises(DataError, match="cifar: the originals at .* are damaged"):
-        official("cifar", tmp_path, ["test"])
+        cut("cifar", tmp_path, ["test"])
 
 
 def test_damaged_cifar_is_an_error_not_a_reason_to_read_something_else(tmp_path):
@@ -236,7 +263,7 @@ def test_damaged_cifar_is_an_error_not_a_reason_to_read_something_else(tmp_path)
     assert not isinstance(raised.value, Missing)
 
 
-def test_svhn_digit_zero_is_class_zero(tmp_path, monkeypatch):
+def test_svhn_digit_zero_is_class_zero(tmp_path, monkeypatch, made_up):
     savemat = pytest.importorskip("scipy.io", reason="scipy is not installed").savemat
     rng = np.random.default_rng(0)
     images = {
@@ -255,7 +282,7 @@ def test_svhn_digit_zero_is_class_zero(tmp_path, monkeypatch):
     assert got.tolist() == (labels["train"][order] % 10).tolist() and len(test) == 9
 
 
-def test_patch_camelyon_rows(tmp_path, monkeypatch):
+def test_patch_camelyon_rows(tmp_path, monkeypatch, made_up):
     h5py = pytest.importorskip("h5py", reason="h5py is not installed")
     rng = np.random.default_rng(0)
     (tmp_path / "pcam").mkdir()
@@ -283,7 +310,7 @@ def test_patch_camelyon_rows(tmp_path, monkeypatch):
     assert np.array_equal(val, pixels["valid"][0][order]) and len(test) == 7
 
 
-def test_dsprites_labels_and_brightness(tmp_path, monkeypatch):
+def test_dsprites_labels_and_brightness(tmp_path, monkeypatch, made_up):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 2, (100, 64, 64), np.uint8)
     latents = np.stack([rng.integers(0, n, 100) for n in (1, 3, 6, 40, 32, 32)], 1)
@@ -305,7 +332,7 @@ def test_dsprites_labels_and_brightness(tmp_path, monkeypatch):
         assert np.array_equal(test, images[order[90:]] * 255)
 
 
-def test_smallnorb_matrices(tmp_path, monkeypatch):
+def test_smallnorb_matrices(tmp_path, monkeypatch, made_up):
     rng = np.random.default_rng(0)
     images = {
         part: rng.integers(0, 256, (40, 2, 96, 96), np.uint8) for part in ("training", "testing")
@@ -342,7 +369,7 @@ def test_smallnorb_matrices(tmp_path, monkeypatch):
         cut("smallnorb_ele", tmp_path)
 
 
-def test_clevr_counts_and_distances(tmp_path, monkeypatch):
+def test_clevr_counts_and_distances(tmp_path, monkeypatch, made_up):
     distances = [7.9, 8.0, 8.001, 8.5, 8.6, 9.0, 9.5, 9.51, 10.0, 12.0]
     for name in ("train", "val"):
         scenes = [
@@ -367,12 +394,12 @@ def test_clevr_counts_and_distances(tmp_path, monkeypatch):
         order = by_hand([f"CLEVR_train_{i:06}.png" for i in range(10)], "train")
         assert [path.name for path in found[1][0]] == order[6:9]
     (tmp_path / "CLEVR_v1.0/scenes/CLEVR_val_scenes.json").write_text("damaged")
-    assert len(official("clevr_count", tmp_path, ["train", "val"])) == 2  # does not open it
+    assert len(cut("clevr_count", tmp_path, ["train", "val"])) == 2  # does not open it
     with pytest.raises(DataError, match="clevr_count: the originals at .* are damaged"):
-        official("clevr_count", tmp_path, ["test"])
+        cut("clevr_count", tmp_path, ["test"])
 
 
-def test_kitti_videos_and_distances(tmp_path, monkeypatch):
+def test_kitti_videos_and_distances(tmp_path, monkeypatch, made_up):
     rng = np.random.default_rng(0)
     place = rng.permutation(60)  # image -> line of the mapping; six images a video
     (tmp_path / "devkit/mapping").mkdir(parents=True)
@@ -411,101 +438,6 @@ def test_kitti_videos_and_distances(tmp_path, monkeypatch):
 
 
 def test_packages_that_reading_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(originals.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Missing, match="svhn: reading the originals needs scipy: pip install scipy"):
         cut("svhn", tmp_path)
-
-
-def test_every_task_says_how_its_split_was_verified():
-    by_list = {"cifar", "caltech101", "eurosat"}
-    for task in data.TASKS.values():
-        if task.benchmark == "vtab-1k":
-            want = "published list" if task.name in by_list else "rule only"
-            assert task.verified == (want if task.name in originals.ORIGINALS else "not rebuilt")
-
-
-@pytest.fixture
-def fetch(monkeypatch, request):
-    """The real download with DTD's class replaced: it writes what the test tells it to, then stops or ends."""
-    monkeypatch.setattr(originals, "_fetch", request.getfixturevalue("fetch_itself"))
-
-    def use(download):
-        changed = dataclasses.replace(originals.ORIGINALS["dtd"], fetch=(download,))
-        monkeypatch.setitem(originals.ORIGINALS, "dtd", changed)
-
-    return use
-
-
-def test_a_download_that_breaks_off_leaves_nothing_that_counts(tmp_path, fetch, capsys):
-    root, calls = tmp_path / "data", []
-
-    def breaks_off(staging, download):
-        calls.append(sorted(str(path.relative_to(staging)) for path in staging.rglob("*")))
-        (staging / "dtd/dtd/images").mkdir(parents=True)
-        (staging / "dtd/dtd/images/half.jpg").touch()
-        (staging / "dtd/dtd-r1.0.1.tar.gz").write_bytes(b"part of it")
-        raise ConnectionResetError("the line went dead")
-
-    fetch(breaks_off)
-    for _ in range(2):
-        with pytest.raises(
-            Missing,
-            match=r"dtd: the download failed \(the line went dead\) and there is no .*by hand",
-        ):
-            data.load("dtd", root)
-    # the archive is kept for torchvision to check or to fetch again, what was unpacked is not
-    assert calls == [[], ["dtd", "dtd/dtd-r1.0.1.tar.gz"]] and not (root / "dtd").exists()
-
-    def interrupted(staging, download):
-        raise KeyboardInterrupt
-
-    fetch(interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        data.load("dtd", root)
-    assert not (root / "dtd").exists()
-
-
-def test_an_incomplete_folder_stands_in_the_way_of_a_download(tmp_path, fetch):
-    (tmp_path / "dtd").mkdir()
-    fetch(None)  # would raise
-    with pytest.raises(
-        DataError, match="dtd: .*/dtd is not complete: remove it, or complete it by hand"
-    ) as raised:
-        data.load("dtd", tmp_path)
-    assert not isinstance(raised.value, Missing)
-
-
-def test_a_download_without_a_network_leaves_no_folder(tmp_path, fetch):
-    def refuse(staging, download):
-        raise OSError("Name or service not known")
-
-    fetch(refuse)
-    with pytest.raises(Missing, match="Name or service not known"):
-        data.load("dtd", tmp_path / "data")
-    assert not (tmp_path / "data").exists()
-
-
-def test_a_download_that_ends_is_moved_into_place(tmp_path, fetch):
-    def whole(staging, download):
-        for part in ("train", "val", "test"):
-            folder = staging / "dtd/dtd"
-            (folder / "labels").mkdir(parents=True, exist_ok=True)
-            keys = [f"c{i // 40:02}/{part}{i}.jpg" for i in range(1880)]
-            (folder / "labels" / f"{part}1.txt").write_text("\n".join(keys))
-            for key in keys:
-                (folder / "images" / key).parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (2, 2)).save(folder / "images" / key)
-
-    fetch(whole)
-    train, test = data.load("dtd", tmp_path, img_size=8)
-    assert train.about == "originals, JPEG images, 1000 train / 1880 test" and train.official
-    assert {path.name for path in tmp_path.iterdir()} == {"dtd"}
-    fetch(None)  # it is there: nothing is fetched again
-    assert len(data.load("dtd", tmp_path)[1]) == 1880
-    (tmp_path / "dtd/dtd/images" / test.items[7].parent.name / test.items[7].name).write_bytes(
-        b"no image"
-    )
-    with pytest.raises(
-        DataError, match="dtd: the originals are not whole: .* is not a readable image"
-    ):
-        data.load("dtd", tmp_path)
