@@ -95,6 +95,19 @@ class Task:
     aliases: tuple[str, ...] = ()
     verified: str = ""
 
+    @property
+    def recipe(self) -> dict:
+        common = {
+            "model": "vit_base_patch16_224.orig_in21k",
+            "epochs": 100,
+            "lr": 1e-3,
+            "drop_path": 0.1,
+        }
+        return {
+            "demo": {"model": "vit_nano", "epochs": 20, "lr": 8e-3, "drop_path": 0.0},
+            "pretraining": {"model": "vit_nano", "epochs": 12, "lr": 1e-3, "drop_path": 0.1},
+        }.get(self.benchmark, common)
+
 
 # fmt: off
 VTAB = {
@@ -156,8 +169,16 @@ TASKS |= {
 }
 
 
+def tasks_of(benchmark: str | None) -> list[Task]:
+    """The tasks of a benchmark, in the table's order."""
+    return [task for task in TASKS.values() if task.benchmark == benchmark]
+
+
 def find_task(name: str) -> Task:
     """The table's row for a task name or alias; DataError with the nearest name if there is none."""
+    suite = {"vtab_1k": "vtab", "vtab1k": "vtab"}.get(name.lower().replace("-", "_"), name.lower())
+    if suite in SUITES:
+        raise DataError(f"{name} is a suite of tasks: python suite.py --dataset {suite}")
     names = {alias: task for task in TASKS.values() for alias in (task.name, *task.aliases)}
     key = name.lower().replace("-", "_")
     if key not in names:
@@ -203,6 +224,7 @@ class Images:
             source,
             benchmark,
         )
+        self.official = not benchmark.startswith("not ")
         self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
         self.short = (
             round(img_size / 0.875) if crop else None
@@ -338,6 +360,25 @@ class Images:
         self.shapes, self.starts = shapes, shapes.prod(1).cumsum(0) * 3 - shapes.prod(1) * 3
         self.pixels = self._cached(decode)["pixels"]
         return True
+
+    def prepare(self, device: torch.device | str, workers: int = 4) -> None:
+        """Decode once what training reads many times: onto the device, or held in memory."""
+        if self.short:
+            self.hold(workers)
+        else:
+            self.ready = self.tensors(device, workers)
+
+    def epoch(self, order: Tensor, batch_size: int, workers: int, seed: str) -> Iterator:
+        """The images of one epoch in that order, (B, 3, S, S) uint8 and labels (B,)."""
+        if self.short:
+            yield from self.batches(batch_size, workers, order.tolist(), seed)
+            return
+        images, labels = self.ready
+        for batch in order.to(images.device).split(batch_size):
+            yield images[batch], labels[batch]
+
+    def digest(self) -> str:
+        return self.fingerprint()
 
     def _bar(self, batches: Iterable, doing: str = "decoding") -> Iterable:
         return tqdm(

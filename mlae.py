@@ -30,13 +30,18 @@ To use it elsewhere, copy this file and swap the layers you want to adapt:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PATTERNS = ("random", "incremental", "decremental", "hourglass", "protruding")
+PATTERNS = {  # how masking is spread over the layers, by their position from 0 to 1
+    "random": lambda pos: torch.ones_like(pos),
+    "incremental": lambda pos: 1 - pos,  # more active experts with depth
+    "decremental": lambda pos: pos,
+    "hourglass": lambda pos: 1 - (2 * pos - 1).abs(),  # dense at both ends
+    "protruding": lambda pos: (2 * pos - 1).abs(),
+}
 
 
 def _fold(weight: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
@@ -93,8 +98,9 @@ class MLAELinear(nn.Linear):
         rank: number of experts r.
         mask_prob: probability p in [0, 1) that an expert is masked at a training step.
         coef_init: the start of every lambda that is not masked for good.
-        expert_mask: fixed mask (rank,) of 0 and 1, in force in every mode; None keeps all. Masked
-            experts start, and so stay, at zero: neither gradient nor weight decay moves them.
+        expert_mask: fixed mask (rank,) of 0 and 1, a tensor or a list, in force in every mode;
+            None keeps all. Masked experts start, and so stay, at zero: neither gradient nor weight
+            decay moves them.
         rows: the output rows that the experts act on, None for all; `lora_B` is then
             (len(rows), rank). For q, k or v alone in a fused qkv layer.
 
@@ -110,10 +116,10 @@ class MLAELinear(nn.Linear):
         rank: int = 8,
         mask_prob: float = 0.5,
         coef_init: float = 1.0,
-        expert_mask: Tensor | Sequence[float] | None = None,
-        rows: Tensor | Sequence[int] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        expert_mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        device=None,
+        dtype=None,
         _frozen: nn.Linear | None = None,
     ) -> None:
         if not isinstance(rank, int) or rank < 1:
@@ -223,8 +229,8 @@ class MLAELinear(nn.Linear):
         return f"{super().extra_repr()}, rank={self.rank}, mask_prob={self.mask_prob:g}"
 
 
-def set_mask_prob(model: nn.Module, p: float | Sequence[float] | Tensor) -> None:
-    """Set p of every MLAELinear, or one p per layer in `model.modules()` order (`mask_rates`).
+def set_mask_prob(model: nn.Module, p: float | Tensor) -> None:
+    """Set p of every MLAELinear: one number, or one per layer in `model.modules()` order.
 
     Made for schedules: a compiled model compiles once more at the first change and never again.
     Raises ValueError for a p outside [0, 1) or a wrong number of them; nothing is then changed.
@@ -243,14 +249,8 @@ def set_mask_prob(model: nn.Module, p: float | Sequence[float] | Tensor) -> None
 def mask_rates(pattern: str, num_layers: int, mask_prob: float) -> Tensor:
     """Masking probability of each layer (num_layers,), float64, with mean `mask_prob`.
 
-    The paper names the patterns; their exact shapes are not published, these are ours. With
-    pos = l / (L - 1):
-
-        random       p
-        incremental  2p (1 - pos)              more active experts with depth
-        decremental  2p pos
-        hourglass    2p (1 - |2 pos - 1|)      dense at both ends
-        protruding   2p |2 pos - 1|
+    The paper names the patterns; their exact shapes are not published, these are ours: the rate
+    of layer l of L is p times the shape in PATTERNS at l / (L - 1), over the shape's mean.
 
     A rate above 0.99 is cut there, so that every expert can act, and the other layers are scaled
     until the mean is p again. Raises ValueError for an unknown pattern, a bad p, or a p that the
@@ -260,17 +260,10 @@ def mask_rates(pattern: str, num_layers: int, mask_prob: float) -> Tensor:
         raise ValueError(f"mask pattern must be one of {', '.join(PATTERNS)}, not {pattern!r}")
     if not 0 <= mask_prob < 1:
         raise ValueError(f"mask_prob must be in [0, 1), not {mask_prob}")
-    if pattern == "random" or num_layers == 1 or mask_prob == 0:
-        return torch.full((num_layers,), float(mask_prob), dtype=torch.float64, device="cpu")
-    pos = torch.linspace(0, 1, num_layers, dtype=torch.float64, device="cpu")
-    edge = (2 * pos - 1).abs()
-    shapes = {
-        "incremental": 1 - pos,
-        "decremental": pos,
-        "hourglass": 1 - edge,
-        "protruding": edge,
-    }
-    shape, highest = shapes[pattern], 0.99
+    shape = PATTERNS[pattern](torch.linspace(0, 1, num_layers, dtype=torch.float64, device="cpu"))
+    if num_layers == 1 or mask_prob == 0 or (shape == shape[0]).all():
+        return torch.full_like(shape, mask_prob)
+    highest = 0.99
     reach = highest * (shape > 0).double().mean()
     if mask_prob > reach:
         raise ValueError(

@@ -1,13 +1,18 @@
+import csv
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model as models
 import splits
+import train
 
 FETCH = splits._fetch
 
@@ -36,7 +41,7 @@ def nano():
 
     def make(**kwargs):
         net = models.create("vit_nano", 10, **{"pretrained": False, **kwargs})
-        for layer in models.experts(net).values():
+        for layer in models.adapters(net).values():
             torch.nn.init.normal_(layer.lora_B, std=0.1)
             with torch.no_grad():
                 layer.lora_B *= layer.expert_mask
@@ -48,3 +53,60 @@ def nano():
 @pytest.fixture
 def images():
     return torch.randn(4, 3, 28, 28)
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """Runs train.py in this process, from another folder, on small images; returns its last line."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        train.main(["--device", "cpu", "--epochs", "2", "--img-size", "14", *map(str, arguments)])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return call
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    folder = tmp_path / "data" / "vtab-1k" / "cifar"
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(
+            folder / "images" / f"{i}.png"
+        )
+    for i in range(10, 3000):
+        (folder / "images" / f"{i}.png").symlink_to(f"{i % 10}.png")
+    write_lists(folder, 30, 7)
+    return folder
+
+
+def log(metrics):
+    with open(Path(metrics["run"], "log.csv")) as file:
+        return list(csv.DictReader(file))
+
+
+def write_lists(folder, test, step):
+    cuts = {
+        "train800": (0, 800),
+        "val200": (800, 1000),
+        "train800val200": (0, 1000),
+        "test": (1000, 1000 + test),
+    }
+    for name, cut in cuts.items():
+        (folder / f"{name}.txt").write_text(
+            "".join(f"images/{i}.png {i % 10 * step}\n" for i in range(*cut))
+        )
+
+
+def stop_after(monkeypatch, epochs):
+    save = train.save_state
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        if arguments[-1]["epoch"] == epochs:
+            monkeypatch.setattr(train, "save_state", save)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_state", save_and_stop)

@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import backbone
 import model as models
+from backbone import ModelError
+from baselines import METHODS
 from mlae import MLAELinear
-from model import ModelError
 
 
 def plain_nano():
@@ -36,8 +38,8 @@ def test_injection_leaves_the_logits_exactly_as_they_were(images):
 
 def test_train_and_eval_reach_every_layer(nano):
     net = nano()
-    assert net.eval() is net and not any(layer.training for layer in models.experts(net).values())
-    assert net.train() is net and all(layer.training for layer in models.experts(net).values())
+    assert net.eval() is net and not any(layer.training for layer in models.adapters(net).values())
+    assert net.train() is net and all(layer.training for layer in models.adapters(net).values())
 
 
 def test_exactly_experts_and_head_train():
@@ -49,7 +51,7 @@ def test_exactly_experts_and_head_train():
     assert {n for n, p in lora.named_parameters() if p.requires_grad} == {
         n for n in trained if "lambda" not in n
     }
-    for layer in models.experts(lora).values():
+    for layer in models.adapters(lora).values():
         assert layer.mask_prob == 0 and layer.lora_lambda.eq(0.5).all()
     linear = models.create("vit_nano", 10, pretrained=False, method="linear")
     assert {n for n, p in linear.named_parameters() if p.requires_grad} == {
@@ -61,14 +63,10 @@ def test_exactly_experts_and_head_train():
 
 def test_vit_base_has_the_published_number_of_parameters_and_a_small_adapter(tmp_path):
     net = models.create("vit_base_patch16_224", 47, pretrained=False)
-    counts = models.count_parameters(net)
-    assert counts["head_parameters"] == 47 * 769
-    assert (
-        counts["trainable_parameters"] - counts["head_parameters"]
-        == 8 * (768 + 2304 + 1) * 12
-        == 295_008
-    )
-    assert counts["total_parameters"] == sum(p.numel() for p in net.parameters())
+    counts = backbone.count_parameters(net)
+    assert counts["head"] == 47 * 769
+    assert counts["trainable"] - counts["head"] == 8 * (768 + 2304 + 1) * 12 == 295_008
+    assert counts["total"] == sum(p.numel() for p in net.parameters())
     models.save_adapter(net, tmp_path / "a.safetensors", {})
     assert 1.3e6 < (tmp_path / "a.safetensors").stat().st_size < 1.36e6
     base = set(timm.create_model("vit_base_patch16_224", num_classes=0).state_dict())
@@ -78,12 +76,12 @@ def test_vit_base_has_the_published_number_of_parameters_and_a_small_adapter(tmp
 
 def test_q_and_v_alone(nano, images):
     net = nano(targets=["attn.q", "attn.v"])
-    for layer in models.experts(net).values():
+    for layer in models.adapters(net).values():
         q, k, v = layer.delta_weight().chunk(3)
         assert q.any() and not k.any() and v.any()
         assert layer.lora_B.shape == (2 * 96, 8)
     both, whole = nano(targets=["attn.q", "attn.k", "attn.v"]), nano(targets=["attn.qkv"])
-    assert models.count_parameters(both) == models.count_parameters(whole)
+    assert backbone.count_parameters(both) == backbone.count_parameters(whole)
     assert models.merge(net).eval()(images).isfinite().all()
 
 
@@ -109,9 +107,9 @@ def test_families_of_timm(name, targets, count, kwargs):
     x = torch.randn(2, 3, *([kwargs["img_size"]] * 2 if "img_size" in kwargs else (224, 224)))
     out = net(x)
     (sum(o.sum() for o in out) if isinstance(out, tuple) else out.sum()).backward()
-    assert all(layer.lora_B.grad.any() for layer in models.experts(net).values())
+    assert all(layer.lora_B.grad.any() for layer in models.adapters(net).values())
     trained = {n.rsplit(".", 1)[0] for n, p in net.named_parameters() if p.requires_grad}
-    assert trained == set(names) | set(models.heads(net))
+    assert trained == set(names) | set(backbone.heads(net))
     plain = small(name, **kwargs)
     plain.load_state_dict(models.merge(net).state_dict())
 
@@ -138,7 +136,7 @@ def test_models_that_cannot_be_probed_at_the_size_of_their_configuration():
 def test_a_layer_whose_weight_is_read_by_its_parent_is_refused():
     net = small("beit_base_patch16_224", depth=1)
     with pytest.raises(
-        ModelError, match=r"beit_base.* reads the weight of blocks.0.attn.qkv without calling"
+        ModelError, match=r"beit_base.* reads the weight of blocks.0.attn.qkv without a call"
     ):
         models.inject(net)
 
@@ -150,7 +148,7 @@ def test_a_target_that_matches_nothing_lists_what_there_is(target):
         ModelError, match=r"attn.qkv \(6\), attn.proj \(6\), mlp.fc1 \(6\), mlp.fc2 \(6\)$"
     ):
         models.inject(net, ["attn.qkv", target])
-    assert not models.experts(net)
+    assert not models.adapters(net)
 
 
 def test_proj_does_not_hit_the_patch_embedding():
@@ -165,7 +163,7 @@ def test_proj_does_not_hit_the_patch_embedding():
 
 def test_a_fused_layer_whose_heads_alternate_has_no_q_rows():
     with pytest.raises(
-        ModelError, match=r"'attn.q': stages.1.blocks.0.attn.qkv of tiny_vit.* has no q rows"
+        ModelError, match=r"'q': stages.1.blocks.0.attn.qkv of tiny_vit.* has no q rows"
     ):
         models.inject(small("tiny_vit_5m_224"), ["attn.q"])
 
@@ -193,7 +191,7 @@ def test_multihead_attention_is_not_bypassed_in_silence():
 
 def test_masking_families(nano):
     def describe(**kwargs):
-        layers = list(models.experts(nano(mask_prob=0.5, **kwargs)).values())
+        layers = list(models.adapters(nano(mask_prob=0.5, **kwargs)).values())
         return [layer.mask_prob for layer in layers], [
             int(layer.expert_mask.sum()) for layer in layers
         ]
@@ -229,8 +227,8 @@ def test_merged_model_is_timms(nano, images):
     net = nano(targets=["attn.qkv", "mlp.fc2"])
     before = copy.deepcopy(net.state_dict())
     merged = models.merge(net)
-    assert not models.experts(merged)
-    timm.create_model("vit_tiny_patch16_224", num_classes=10, **models.NANO).load_state_dict(
+    assert not models.adapters(merged)
+    timm.create_model("vit_tiny_patch16_224", num_classes=10, **backbone.NANO).load_state_dict(
         merged.state_dict()
     )
     with torch.no_grad():
@@ -268,7 +266,7 @@ def test_training_never_touches_the_base(nano, images, dtype, tmp_path):
     assert all(p.grad is None for p in net.parameters() if not p.requires_grad)
 
 
-@pytest.mark.parametrize("method", models.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("masking", ["stochastic", "mixed"])
 def test_adapter_round_trip_in_a_fresh_model(nano, images, tmp_path, method, masking):
     net = nano(method=method, masking=masking).eval()
@@ -340,7 +338,7 @@ def test_local_checkpoint_with_another_grid_and_head(tmp_path, suffix):
     )
     head = same.head.weight.clone()
     for net in (same, other):
-        models.load_checkpoint(net, path)
+        backbone.load_checkpoint(net, path)
         assert torch.equal(net.blocks[1].mlp.fc2.weight, source.blocks[1].mlp.fc2.weight)
     assert torch.equal(same.pos_embed, source.pos_embed) and torch.equal(same.head.weight, head)
     grid = source.pos_embed[:, 1:].reshape(1, 4, 4, 192).permute(0, 3, 1, 2)
@@ -351,18 +349,18 @@ def test_local_checkpoint_with_another_grid_and_head(tmp_path, suffix):
     )
     torch.testing.assert_close(other.pos_embed[:, 1:], want)
     with pytest.raises(ModelError, match="does not fit .*: it lacks blocks.2"):
-        models.load_checkpoint(
+        backbone.load_checkpoint(
             timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3), path
         )
     with pytest.raises(ModelError, match="it has unknown blocks.1"):
-        models.load_checkpoint(
+        backbone.load_checkpoint(
             timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1), path
         )
     with pytest.raises(ModelError, match="cannot load checkpoint|does not fit"):
-        models.load_checkpoint(timm.create_model("convnext_tiny"), path)
+        backbone.load_checkpoint(timm.create_model("convnext_tiny"), path)
     path.write_bytes(b"garbage")
     with pytest.raises(ModelError, match="cannot load checkpoint"):
-        models.load_checkpoint(same, path)
+        backbone.load_checkpoint(same, path)
 
 
 def test_a_pickle_with_code_is_not_run(tmp_path):
@@ -372,7 +370,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
 
     torch.save({"model": Evil()}, tmp_path / "w.pth")
     with pytest.raises(ModelError, match="cannot load checkpoint"):
-        models.load_checkpoint(plain_nano(), tmp_path / "w.pth")
+        backbone.load_checkpoint(plain_nano(), tmp_path / "w.pth")
     assert not (tmp_path / "owned").exists()
 
 
@@ -447,7 +445,7 @@ def test_against_lora_of_peft(images):
     )
     models.inject(base, rank=4, mask_prob=0, coef_init=2.0)
     theirs = dict(other.named_modules())
-    for name, layer in models.experts(base).items():
+    for name, layer in models.adapters(base).items():
         twin = theirs[f"base_model.model.{name}"]
         nn.init.normal_(layer.lora_B, std=0.1)
         twin.lora_A.default.weight.data.copy_(layer.lora_A)
@@ -455,7 +453,7 @@ def test_against_lora_of_peft(images):
     torch.testing.assert_close(base(images), other(images), rtol=0, atol=1e-5)
     base(images).square().sum().backward()
     other(images).square().sum().backward()
-    for name, layer in models.experts(base).items():
+    for name, layer in models.adapters(base).items():
         twin = theirs[f"base_model.model.{name}"]
         torch.testing.assert_close(
             layer.lora_A.grad, twin.lora_A.default.weight.grad, rtol=1e-3, atol=1e-4
