@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 import data
+import images as image_sets
+import originals
 import splits
 from data import DataError, load
 
@@ -110,20 +112,23 @@ def test_the_prepared_folder_only_where_the_originals_cannot_be_had(prepared, ca
         load("cifar", prepared, source="original", download=False)
     pixels = np.zeros((60_000, 2, 2, 3), np.uint8)
     rows = {
-        "train": splits._rows(pixels[:50_000], [0] * 50_000),
-        "test": splits._rows(pixels[50_000:], [1] * 10_000),
+        "train": splits.rows(pixels[:50_000], [0] * 50_000),
+        "test": splits.rows(pixels[50_000:], [1] * 10_000),
     }
-    monkeypatch.setattr(splits, "originals", lambda name, root, download: rows)
+    monkeypatch.setattr(originals, "read", lambda name, root, split, download: rows[split])
     train, test = load("cifar", prepared)
     assert train.about == "originals, raw images, 1000 train / 10000 test"
-    assert train.source == "original" and test.benchmark == "vtab-1k"
+    assert train.source == "original" and train.official and test.official
+    rows["test"] = None  # whoever asks for it fails
+    train, val = load("cifar", prepared, split="train")
+    assert len(train) == 800 and len(val) == 200 and val.official
 
 
 def test_a_subset_or_a_padded_list_is_never_the_benchmark(prepared, tmp_path):
-    assert load("cifar", prepared)[1].benchmark == "not vtab-1k"
+    assert not load("cifar", prepared)[1].official
     root = edited(prepared, tmp_path, "test.txt", lambda lines: lines * 500)
     _, test = load("cifar", root)
-    assert len(test) == 10_000 and test.benchmark == "not vtab-1k"
+    assert len(test) == 10_000 and not test.official
     assert test.about.endswith("1000 train / 10000 test; 9980 images are repeated")
 
 
@@ -131,7 +136,8 @@ def test_a_training_image_in_the_test_list_is_noticed(prepared, tmp_path):
     root = edited(
         prepared, tmp_path, "test.txt", lambda lines: [*lines[:-1], "images/val200/000007.png 7"]
     )
-    assert load("cifar", root)[1].about.endswith("; 1 images are repeated")
+    _, test = load("cifar", root)
+    assert test.about.endswith("; 1 images are repeated") and not test.official
 
 
 def test_a_declared_subset_is_named(prepared, tmp_path):
@@ -139,10 +145,9 @@ def test_a_declared_subset_is_named(prepared, tmp_path):
     (root / "vtab-1k/cifar/SUBSET").write_text("not the official\nimages")
     assert load("cifar", root)[1].about.endswith("(subset); SUBSET: not the official images")
     val = load("cifar", root, split="train")[1]
-    assert (
-        val.about.endswith("200 val; SUBSET: not the official images")
-        and val.benchmark == "not vtab-1k"
-    )
+    assert val.about.endswith("200 val; SUBSET: not the official images") and not val.official
+    (root / "vtab-1k/cifar/SUBSET").unlink()
+    assert load("cifar", root, split="train")[1].official  # 800 and 200, as far as counts tell
 
 
 def test_reading_twice_gives_identical_tensors(prepared):
@@ -168,10 +173,80 @@ def test_tensors_and_batches_are_the_items_in_order(prepared):
     assert [len(labels) for _, labels in train.batches(500)] == [500, 500]
 
 
+def test_an_epoch_gathers_what_was_prepared(prepared, tmp_path):
+    train, _ = load("cifar", edited(prepared, tmp_path, "none", None), img_size=16)
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(1))
+    streamed = list(train.epoch(order, 300, 2, "0 0"))
+    train.prepare("cpu", workers=2)
+    state = torch.get_rng_state()
+    gathered = list(train.epoch(order, 300, 2, "0 0"))
+    assert torch.equal(state, torch.get_rng_state())
+    assert [len(labels) for _, labels in gathered] == [300, 300, 300, 100]
+    for (images, labels), (again, labels_again) in zip(gathered, streamed, strict=True):
+        assert torch.equal(images, again) and torch.equal(labels, labels_again)
+    first = order[:300].tolist()
+    assert torch.equal(gathered[0][0], torch.stack([train[i][0] for i in first]))
+    assert gathered[0][1].tolist() == [train[i][1] for i in first]
+
+
+def test_without_the_test_set_a_validation_run_goes_through(prepared, birds, tmp_path):
+    root = edited(prepared, tmp_path / "vtab", "none", None)
+    (root / "vtab-1k/cifar/test.txt").unlink()
+    assert len(load("cifar", root, split="train")[1]) == 200
+    folder = birds / "fgvc/CUB_200_2011"
+    listing = json.loads((folder / "train.json").read_text())
+    name = next(iter(listing))
+    for i in range(200):  # all 200 classes, so that the test list is not needed to know them
+        image = folder / "images" / f"{i}.jpg"
+        shutil.copy(folder / "images" / name, image)
+    (folder / "train.json").write_text(json.dumps({f"{i}.jpg": i for i in range(200)}))
+    (folder / "test.json").write_text("damaged")
+    small, val = load("cub", birds, split="train")
+    assert small.labels.tolist() == list(range(200)) and val.labels.tolist()[:3] == [1, 4, 7]
+
+
+def test_digest_is_of_the_data_alone(prepared, birds, tmp_path):
+    root = tmp_path / "elsewhere"
+    shutil.copytree(prepared / "vtab-1k", root / "vtab-1k")  # at another place and time
+    for here, away in zip(load("cifar", prepared), load("cifar", root, img_size=8), strict=True):
+        assert here.digest() == away.digest() and len(here.digest()) == 64
+        assert here.fingerprint() != away.fingerprint()
+    train, test = load("cifar", root)
+    before = train.digest(), test.digest()
+    assert len(set(before)) == 2
+    listing = root / "vtab-1k/cifar/test.txt"
+    listing.write_text(listing.read_text().replace(" 3\n", " 4\n"))
+    after = [images.digest() for images in load("cifar", root)]
+    assert after[0] == before[0] and after[1] != before[1]
+    Image.new("RGB", (4, 4), "red").save(root / "vtab-1k/cifar/images/train800/000005.png")
+    assert load("cifar", root)[0].digest() != before[0]
+    digits = load("digits", img_size=14)[0]
+    assert digits.digest() == load("digits", img_size=28)[0].digest()
+    digits.files = digits.files[::-1]
+    assert digits.digest() != load("digits")[0].digest()
+
+
+def test_workers_are_forked_whatever_python_starts_by_default(prepared, monkeypatch):
+    asked = []
+
+    def loader(*args, **kwargs):
+        asked.append((kwargs["num_workers"], kwargs["multiprocessing_context"]))
+        return real(*args, **kwargs)
+
+    real = image_sets.DataLoader
+    monkeypatch.setattr(image_sets, "DataLoader", loader)
+    monkeypatch.setattr(image_sets, "FEW", 0)
+    monkeypatch.setattr(image_sets, "_cores", lambda: 2)
+    digits = load("digits", img_size=14)[1]
+    assert len(list(digits.batches(400, 2))) == 2 and asked == [(2, "fork")]
+    monkeypatch.setattr(image_sets.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    assert len(list(digits.batches(400, 2))) == 2 and asked[1] == (0, None)
+
+
 def decodings(monkeypatch):
     """A list that grows by one with every image decoded in this process."""
-    seen, open_it = [], data.Images._open
-    monkeypatch.setattr(data.Images, "_open", lambda self, i: (seen.append(i), open_it(self, i))[1])
+    seen, scale = [], data.Images._scaled
+    monkeypatch.setattr(data.Images, "_scaled", lambda self, i: (seen.append(i), scale(self, i))[1])
     return seen
 
 
@@ -265,9 +340,8 @@ def test_fgvc_lists(birds):
         train.about
         == "lists of VPT, JPEG images, 40 of 5994 train (subset) / 12 of 5794 test (subset)"
     )
-    assert train.benchmark == "not fgvc" and train.labels.tolist() == [i % 5 for i in range(30)] + [
-        i % 5 for i in range(10)
-    ]
+    assert not train.official
+    assert train.labels.tolist() == [i % 5 for i in range(30)] + [i % 5 for i in range(10)]
     small, val = load("cub", birds, img_size=56, split="train")
     assert len(small) == 30 and len(val) == 10 and val.about.endswith("10 of 600 val (subset)")
     image = Image.open(test.items[3])  # the test view by hand: short side 64, centre 56 x 56
@@ -280,38 +354,42 @@ def test_fgvc_lists(birds):
     assert np.array_equal(test[3][0].permute(1, 2, 0), want)
 
 
-def test_augmentation_depends_on_seed_and_index_alone(birds):
+def test_augmentation_depends_on_seed_and_index_alone(birds, monkeypatch):
     train, _ = load("cub", birds, img_size=56)
     order = [5, 3, 8, 1, 0, 2]
 
     def crops(workers, seed, order=order):
         state = torch.get_rng_state()
-        images, labels = map(torch.cat, zip(*train.batches(4, workers, order, seed), strict=True))
-        assert torch.equal(state, torch.get_rng_state()) and labels.tolist() == [
-            i % 5 for i in order
-        ]
+        batches = train.epoch(torch.tensor(order), 4, workers, seed)
+        images, labels = map(torch.cat, zip(*batches, strict=True))
+        assert torch.equal(state, torch.get_rng_state())
+        assert labels.tolist() == [i % 5 for i in order]
         return images
 
     first = crops(0, "0 0")
-    assert torch.equal(first, crops(2, "0 0")) and torch.equal(
-        first.flip(0), crops(0, "0 0", order[::-1])
-    )
+    monkeypatch.setattr(image_sets, "_cores", lambda: 2)
+    monkeypatch.setattr(image_sets, "FEW", 0)  # with worker processes however few the images
+    assert torch.equal(first, crops(2, "0 0"))
+    assert torch.equal(first.flip(0), crops(0, "0 0", order[::-1]))
     assert not any(torch.equal(a, b) for a, b in zip(first, crops(0, "0 1"), strict=True))
-    plain = torch.cat([images for images, _ in train.batches(4, 0, order)])
+    plain = torch.stack([train[i][0] for i in order])
     assert not any(torch.equal(a, b) for a, b in zip(first, plain, strict=True))
 
 
-def test_random_crops_have_the_published_areas_and_flip_half_of_the_time(tmp_path):
+def test_random_crops_have_the_published_areas_and_flip_half_of_the_time():
     ramp = np.zeros((1, 200, 200, 3), np.uint8)
     ramp[0, :, :, 0] = np.arange(200)[None]  # brightness grows to the right, green downwards
     ramp[0, :, :, 1] = np.arange(200)[:, None]
-    views = torch.cat(
-        [x for s in range(400) for x, _ in data.Images(ramp, [0], 50).batches(1, 0, seed=str(s))]
-    ).float()
-    red, green = views[:, 0].mean(1), views[:, 1].mean(2)  # (400, 50) over columns, over rows
+    images = data.Images(ramp, [0], 175, augment="crop")  # of a short side of 200
+    views = []
+    for seed in range(400):
+        [(view, _)] = images.epoch(torch.tensor([0]), 1, 0, str(seed))
+        views.append(view[:, :2, ::3, ::3])
+    views = torch.cat(views).float()
+    red, green = views[:, 0].mean(1), views[:, 1].mean(2)  # (400, 59) over columns, over rows
     flipped = red[:, 0] > red[:, -1]
     assert 0.4 < flipped.float().mean() < 0.6
-    wide, high = (red[:, -1] - red[:, 0]).abs() / 196, (green[:, -1] - green[:, 0]).abs() / 196
+    wide, high = (red[:, -1] - red[:, 0]).abs() / 198, (green[:, -1] - green[:, 0]).abs() / 198
     area = wide * high
     assert 0.06 < area.min() < 0.15 and area.max() > 0.85 and 0.45 < area.mean() < 0.62
     assert 0.7 < (wide / high).min() and (wide / high).max() < 1.45
@@ -320,27 +398,28 @@ def test_random_crops_have_the_published_areas_and_flip_half_of_the_time(tmp_pat
 def test_fgvc_is_held_in_memory_at_the_test_size(birds, capsys, monkeypatch):
     train, _ = load("cub", birds, img_size=56)
     streamed = torch.cat([x for x, _ in train.batches(8, 0)])
-    need = sum(
-        int(np.prod(np.asarray(short_side(Image.open(path), 64)).shape)) for path in train.items
-    )
-    assert not train.hold(limit=need - 1) and "streamed from the files" in capsys.readouterr().out
-    assert train.hold(
-        workers=2, limit=need
-    ) and f"40 images at 64 pixels take {need / 2**30:.2f} GiB" in (capsys.readouterr().out)
-    assert len(train.pixels) == need
+    fingerprint, digest = train.fingerprint(), train.digest()
+    need = 0
+    for path in train.items:
+        need += np.asarray(short_side(Image.open(path), 64)).size
+    assert not train.hold(limit=need - 1) and "read from the files" in capsys.readouterr().out
+    assert train.hold(workers=2, limit=need)
+    assert f"40 images at 64 pixels take {need / 2**30:.2f} GiB" in capsys.readouterr().out
+    assert sum(item.size for item in train.items) == need
     for i in (0, 7, 39):
-        assert np.array_equal(
-            np.asarray(train._open(i)), np.asarray(short_side(Image.open(train.items[i]), 64))
-        )
+        want = np.asarray(short_side(Image.open(train.files[i]), 64))
+        assert np.array_equal(train.items[i], want)
     assert torch.equal(torch.cat([x for x, _ in train.batches(8, 0)]), streamed)
-    crops = torch.cat([x for x, _ in train.batches(8, 0, seed="0")])
-    assert torch.equal(
-        crops, torch.cat([x for x, _ in load("cub", birds, img_size=56)[0].batches(8, 0, seed="0")])
-    )
+    assert (train.fingerprint(), train.digest()) == (fingerprint, digest)
+    order = torch.arange(40)
+    other = load("cub", birds, img_size=56)[0]
+    for held, read in zip(train.epoch(order, 8, 0), other.epoch(order, 8, 0), strict=True):
+        assert torch.equal(held[0], read[0]) and torch.equal(held[1], read[1])
     seen = decodings(monkeypatch)
     again, _ = load("cub", birds, img_size=56)
-    again.hold(workers=0)
-    assert not seen and torch.equal(again.pixels, train.pixels)
+    again.prepare("cpu", workers=0)
+    assert not seen
+    assert all(np.array_equal(a, b) for a, b in zip(again.items, train.items, strict=True))
 
 
 def short_side(image, side):
@@ -384,7 +463,7 @@ def test_fgvc_sets_that_are_not_there(birds):
     ):
         load("nabirds", birds)
     with pytest.raises(
-        DataError, match="oxford_flowers102: .*; or put the images of Oxford Flowers 102 into"
+        DataError, match="oxford_flowers: .*; or put the images of Oxford Flowers 102 into"
     ):
         load("oxford_flowers", birds, download=False)
     with pytest.raises(DataError, match="oxford_flowers: no folder .*fgvc/oxford_flowers"):
@@ -395,15 +474,12 @@ def test_fgvc_flowers_from_the_originals(tmp_path, monkeypatch):
     rng, parts = np.random.default_rng(0), {}
     for name, count in (("train", 1020), ("validation", 1020), ("test", 6149)):
         keys, labels = [f"{name}{i}.jpg" for i in range(count)], rng.integers(0, 102, count)
-        parts[name] = splits._files(tmp_path, keys, labels)
+        parts[name] = splits.files(tmp_path, keys, labels)
     monkeypatch.setattr(data, "image_format", lambda path, where: "JPEG")
-    monkeypatch.setattr(data, "originals", lambda name, root, download: parts)
+    monkeypatch.setattr(originals, "read", lambda name, root, split, download: parts[split])
     train, test = load("oxford_flowers", tmp_path)
-    assert (
-        train.about == "originals, JPEG images, 2040 train / 6149 test"
-        and train.benchmark == "fgvc"
-    )
-    assert train.labels.tolist() == [*parts["train"][1], *parts["validation"][1]]
+    assert train.about == "originals, JPEG images, 2040 train / 6149 test" and train.official
+    assert train.labels.tolist() == [*parts["train"].labels, *parts["validation"].labels]
     assert test.short == 256 and not list(tmp_path.glob("cache"))
 
 
@@ -481,11 +557,11 @@ def test_missing_folders_and_lists(prepared, tmp_path):
     (root / "vtab-1k/cifar/val200.txt").write_bytes(b"\xff\xfe 3")
     with pytest.raises(DataError, match="no list .*val200.txt .*utf-8"):
         load("cifar", root, split="train")
-    with pytest.raises(ValueError, match="split is trainval or train"):
+    with pytest.raises(ValueError, match="split must not be 'test'"):
         load("cifar", root, split="test")
 
 
-def test_unreadable_images_are_named(prepared, tmp_path):
+def test_unreadable_images_are_named(prepared, tmp_path, monkeypatch):
     folder = (
         edited(prepared, tmp_path, "test.txt", lambda x: ["bad.png 3", *x[1:]]) / "vtab-1k/cifar"
     )
@@ -495,17 +571,12 @@ def test_unreadable_images_are_named(prepared, tmp_path):
     whole = (prepared / "vtab-1k/cifar/images/test/000000.png").read_bytes()
     (folder / "bad.png").write_bytes(whole[: len(whole) // 2])  # the header is whole
     _, test = load("cifar", tmp_path)
-    with pytest.raises(DataError, match=r"cannot read image .*bad.png"):
-        list(test.batches(8))
-    with pytest.raises(DataError, match=r"cannot read image .*bad.png"):
-        test.check()
-    (folder / "bad.png").write_bytes(whole)
-    for seen in ([*range(20)], []):  # the second time it is known
-        now = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(data.Images, "_open", lambda self, i, now=now: now.append(i))
-            load("cifar", tmp_path)[1].check(workers=0)
-        assert now == seen
+    for few in (image_sets.FEW, 0):  # in this process and in workers
+        monkeypatch.setattr(image_sets, "FEW", few)
+        with pytest.raises(
+            DataError, match=r"^cannot read image \S*bad.png: [^\n]*; get the file "
+        ):
+            list(test.batches(8, 2))
 
 
 def test_digits():
@@ -515,6 +586,9 @@ def test_digits():
     small, val = load("digits", "nowhere", split="train", img_size=28)
     assert len(small) == 800 and len(val) == 200
     assert torch.equal(train.tensors()[0], torch.cat([small.tensors()[0], val.tensors()[0]]))
+    assert (
+        train.official and train.about == "embedded UCI handwritten digits, 1000 train / 797 test"
+    )
 
 
 def test_digits_are_scikit_learns():
@@ -532,7 +606,7 @@ def test_digits_are_scikit_learns():
 
 
 def test_fashion_mnist_without_a_network(tmp_path):
-    with pytest.raises(DataError, match="no Fashion-MNIST in .*FashionMNIST/raw"):
+    with pytest.raises(DataError, match="no .*FashionMNIST/raw/train.*: get it by hand from https"):
         load("fashion_mnist", tmp_path, download=False)
 
 

@@ -1,0 +1,305 @@
+"""Images of a task as tensors: decoded, resized, cropped, kept in memory and on disk, batched.
+
+    train.prepare(device)                                           # decoded once, or from a cache
+    for images, labels in train.epoch(order, 64, seed="0 0"): ...   # (B, 3, S, S) uint8, (B,)
+    for images, labels in test.batches(64): ...                     # decoded as they come
+
+Nothing here knows of tasks; data.py says which files and labels belong to one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import math
+import multiprocessing
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+from splits import UNREADABLE, DataError
+
+FEW = 5e6  # pixels that are decoded before a worker process has started
+BICUBIC = TF.InterpolationMode.BICUBIC
+NORMALIZE = {  # channel mean and std
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+class Images(Dataset):
+    """One selection of a task's images, such as its 1000 training images.
+
+    Item i is (image (3, S, S) uint8, label int), the same at every reading: the test view, or with
+    `seed` set, a random crop and flip that depend on the seed and i alone.
+
+    Attributes: `items` (paths, or arrays (H, W) or (H, W, 3) of uint8), `labels` (N,) int64,
+    `augment` ("none": the whole image at S x S; "crop": the centre crop, and random ones in
+    `epoch`), `source` ("original", "prepared", "lists", "embedded"), `official` (whether this is
+    the benchmark's own split, whole), `about` (the same for people), `cache` (a file or None).
+    """
+
+    def __init__(
+        self,
+        items: Sequence,
+        labels: Iterable[int],
+        img_size: int,
+        *,
+        augment: str = "none",
+        source: str = "",
+        official: bool = False,
+        about: str = "",
+        cache: Path | None = None,
+    ) -> None:
+        self.items = self.files = items  # `items` become arrays in memory, `files` stay
+        self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
+        self.img_size = img_size
+        self.augment = augment
+        self.source = source
+        self.official = official
+        self.about = about
+        self.cache = cache
+        # the resized image's short side before the crop: 256 for 224
+        self.short = round(img_size / 0.875) if augment == "crop" else None
+        self.seed = None
+        self.prepared = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image = self._scaled(i)
+        size = [self.img_size, self.img_size]
+        if self.seed is not None:
+            with torch.random.fork_rng(devices=[]):
+                # the CPU's generator alone: manual_seed() would reseed the GPU's too
+                torch.default_generator.manual_seed(zlib.crc32(f"{self.seed} {i}".encode()))
+                box = RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+                flip = torch.rand(()) < 0.5
+            image = TF.resized_crop(image, *box, size, BICUBIC)
+            image = TF.hflip(image) if flip else image
+        elif self.augment == "crop":
+            image = TF.center_crop(image, size)
+        return TF.pil_to_tensor(image), int(self.labels[i])
+
+    def __getitems__(self, indexes: list[int]) -> list[tuple[Tensor, int]] | DataError:
+        """Items, or the error: an exception raised in a worker would arrive as a traceback."""
+        try:
+            return [self[i] for i in indexes]
+        except DataError as error:
+            return error
+
+    def _scaled(self, i: int) -> Image.Image:
+        """Image i in RGB, at S x S, or before a crop with its short side at the crop's measure."""
+        item = self.items[i]
+        try:
+            image = Image.open(item) if isinstance(item, Path) else Image.fromarray(item)
+            image = image.convert("RGB")
+        except UNREADABLE as error:
+            raise DataError(f"cannot read image {item}: {error}; get the file again") from error
+        return TF.resize(image, self.short or [self.img_size, self.img_size], BICUBIC)
+
+    def prepare(self, device: torch.device | str = "cpu", workers: int = 4) -> None:
+        """Decode once what every epoch needs: all images on `device`, or if they are augmented, in
+        memory before the crop, as far as they fit."""
+        if self.augment == "crop":
+            self.hold(workers)
+        else:
+            self.prepared = self.tensors(device, workers)
+
+    def epoch(
+        self, order: Tensor, batch_size: int, workers: int = 4, seed: str = "0"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches, (B, 3, S, S) uint8 and labels (B,), in the order (N,) given; augmented
+        images are the same for the same seed and index whatever the workers."""
+        if self.prepared is not None:
+            images, labels = self.prepared
+            for rows in order.to(images.device).split(batch_size):
+                yield images[rows], labels[rows]
+            return
+        view = copy.copy(self)
+        view.seed = seed if self.augment == "crop" else None
+        yield from view._load(order.tolist(), batch_size, workers)
+
+    def batches(self, batch_size: int, workers: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test view in order, (B, 3, S, S) uint8 and labels (B,), decoded by `workers`
+        processes (0: by this one)."""
+        yield from self._load(range(len(self)), batch_size, workers)
+
+    def _load(self, order: Sequence[int], batch_size: int, workers: int) -> Iterator:
+        in_memory = self.items is not self.files or isinstance(self.files, np.ndarray)
+        can_fork = "fork" in multiprocessing.get_all_start_methods()
+        if in_memory and not can_fork:
+            workers = 0  # each process would be sent all pixels
+        if len(order) * self.img_size**2 < FEW:
+            workers = 0
+        workers = min(workers, _cores())
+        batches = DataLoader(
+            self,
+            batch_size,
+            sampler=order,
+            num_workers=workers,
+            collate_fn=_collate,
+            multiprocessing_context="fork" if workers and can_fork else None,
+            generator=torch.Generator(),  # else an epoch draws from the run's random numbers
+        )
+        for batch in batches:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+    def tensors(
+        self, device: torch.device | str = "cpu", workers: int = 4
+    ) -> tuple[Tensor, Tensor]:
+        """The test view of all images on `device`, (N, 3, S, S) uint8, and labels (N,) int64;
+        decoded once, then read from the cache."""
+
+        def decode() -> dict[str, Tensor]:
+            images = torch.empty(len(self), 3, self.img_size, self.img_size, dtype=torch.uint8)
+            start = 0
+            for batch, _ in self._bar(self.batches(50, workers), math.ceil(len(self) / 50)):
+                images[start : start + len(batch)] = batch
+                start += len(batch)
+            return {"images": images}
+
+        return self._cached(decode)["images"].to(device), self.labels.to(device)
+
+    def hold(self, workers: int = 4, limit: int | None = None) -> bool:
+        """Keep the images in memory, (H, W, 3) uint8 with the short side that the test view has
+        before its crop, so that an epoch decodes nothing. Says how much that takes; does nothing
+        above `limit` bytes (default: half of the machine's memory). True if they are held."""
+        need = 0
+        for item in self.files:
+            width, height = _size(item)
+            long_side = int(self.short * max(width, height) / min(width, height))
+            need += 3 * self.short * long_side
+        limit = _memory() // 2 if limit is None else limit
+        takes = f"{len(self)} images at {self.short} pixels take {need / 2**30:.2f} GiB"
+        if need > limit:
+            print(f"{takes} of memory, over the limit of {limit / 2**30:.2f}: read from the files")
+            return False
+        print(f"{takes} of memory, and as much on disk in {self.cache}")
+
+        def decode() -> dict[str, Tensor]:
+            with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes side by side
+                images = pool.map(self._scaled, range(len(self)))
+                arrays = [np.array(image) for image in self._bar(images, len(self))]
+            return {str(i): torch.from_numpy(array) for i, array in enumerate(arrays)}
+
+        held = self._cached(decode)
+        self.items = [held[str(i)].numpy() for i in range(len(self))]
+        return True
+
+    def _bar(self, items: Iterable, total: int) -> Iterable:
+        return tqdm(items, f"decoding {len(self)} images", total, disable=None)
+
+    def fingerprint(self) -> str:
+        """A digest of size, labels and files with their times of change: for what is kept on this
+        machine, the cache and a run's state."""
+        stats = [path.stat() for path in self._paths()]
+        files = [
+            f"{path} {stat.st_size} {stat.st_mtime_ns}\n"
+            for path, stat in zip(self._paths(), stats, strict=True)
+        ]
+        return self._sha256(f"{self.img_size} {self.short}", files)
+
+    def digest(self) -> str:
+        """A digest of labels and images, these by value, or by name and length of their files:
+        the same wherever and whenever they are read, and at every image size."""
+        paths = self._paths()
+        top = os.path.commonpath([path.parent for path in paths]) if paths else ""
+        files = [f"{path.relative_to(top).as_posix()} {path.stat().st_size}\n" for path in paths]
+        return self._sha256("", files)
+
+    def _paths(self) -> Sequence[Path]:
+        return () if isinstance(self.files, np.ndarray) else self.files
+
+    def _sha256(self, head: str, files: list[str]) -> str:
+        digest = hashlib.sha256(head.encode())
+        digest.update(self.labels.numpy())
+        if isinstance(self.files, np.ndarray):
+            digest.update(np.ascontiguousarray(self.files))
+        for line in files:
+            digest.update(line.encode())
+        return digest.hexdigest()
+
+    def _cached(self, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` returns, from the cache file if that is whole and of these very images, else
+        made and written."""
+        if self.cache is None:
+            return make()
+        key = self.fingerprint()
+        try:
+            with safe_open(self.cache, "pt") as file:
+                if file.metadata()["key"] == key:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                    if file.metadata()["crc32"] == _crc32(tensors):
+                        return tensors
+        except (OSError, SafetensorError, KeyError, TypeError):
+            pass  # none yet, or damaged
+        tensors = make()
+        unfinished = self.cache.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.cache.parent.mkdir(exist_ok=True)
+            save_file(tensors, unfinished, {"key": key, "crc32": _crc32(tensors)})
+            os.replace(unfinished, self.cache)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            print(f"decoded images are not kept: cannot write {self.cache} ({error})")
+        return tensors
+
+
+def _collate(items: list[tuple[Tensor, int]] | DataError) -> list[Tensor] | DataError:
+    return items if isinstance(items, DataError) else default_collate(items)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> int:
+    """The machine's memory in bytes, where it tells."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 8 << 30
+
+
+def _size(item: Path | np.ndarray) -> tuple[int, int]:
+    """Width and height of an image, by its file's header."""
+    if isinstance(item, Path):
+        with Image.open(item) as image:
+            return image.size
+    return item.shape[1], item.shape[0]
+
+
+def _crc32(tensors: dict[str, Tensor]) -> str:
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].numpy(), crc)
+    return f"{crc:08x}"
+
+
+def normalizer(mean: tuple, std: tuple, device: torch.device | str) -> Callable[[Tensor], Tensor]:
+    """A function from (B, 3, S, S) uint8 to new float32 images (x / 255 - mean) / std, one value
+    per RGB channel."""
+    mean = torch.tensor(mean, device=device).view(3, 1, 1) * 255
+    std = torch.tensor(std, device=device).view(3, 1, 1) * 255
+    # to the device as bytes, a quarter of the way
+    return lambda images: (images.to(device).float() - mean) / std

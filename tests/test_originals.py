@@ -1,0 +1,510 @@
+"""The readers of the originals, on their own files made small, and the download."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import originals
+from originals import official
+from splits import CUTS, Cut, DataError, Missing, Slice
+
+# fmt: off
+EUROSAT = {"AnnualCrop": 3000, "Forest": 3000, "HerbaceousVegetation": 3000, "Highway": 2500, "Industrial": 2500,
+           "Pasture": 2000, "PermanentCrop": 2500, "Residential": 3000, "River": 2500, "SeaLake": 3000}
+CALTECH = {
+    "BACKGROUND_Google": 467, "Faces": 435, "Faces_easy": 435, "Leopards": 200, "Motorbikes": 798, "accordion": 55,
+    "airplanes": 800, "anchor": 42, "ant": 42, "barrel": 47, "bass": 54, "beaver": 46, "binocular": 33, "bonsai": 128,
+    "brain": 98, "brontosaurus": 43, "buddha": 85, "butterfly": 91, "camera": 50, "cannon": 43, "car_side": 123,
+    "ceiling_fan": 47, "cellphone": 59, "chair": 62, "chandelier": 107, "cougar_body": 47, "cougar_face": 69,
+    "crab": 73, "crayfish": 70, "crocodile": 50, "crocodile_head": 51, "cup": 57, "dalmatian": 67, "dollar_bill": 52,
+    "dolphin": 65, "dragonfly": 68, "electric_guitar": 75, "elephant": 64, "emu": 53, "euphonium": 64, "ewer": 85,
+    "ferry": 67, "flamingo": 67, "flamingo_head": 45, "garfield": 34, "gerenuk": 34, "gramophone": 51,
+    "grand_piano": 99, "hawksbill": 100, "headphone": 42, "hedgehog": 54, "helicopter": 88, "ibis": 80,
+    "inline_skate": 31, "joshua_tree": 64, "kangaroo": 86, "ketch": 114, "lamp": 61, "laptop": 81, "llama": 78,
+    "lobster": 41, "lotus": 66, "mandolin": 43, "mayfly": 40, "menorah": 87, "metronome": 32, "minaret": 76,
+    "nautilus": 55, "octopus": 35, "okapi": 39, "pagoda": 47, "panda": 38, "pigeon": 45, "pizza": 53, "platypus": 34,
+    "pyramid": 57, "revolver": 82, "rhino": 59, "rooster": 49, "saxophone": 40, "schooner": 63, "scissors": 39,
+    "scorpion": 84, "sea_horse": 57, "snoopy": 35, "soccer_ball": 64, "stapler": 45, "starfish": 86,
+    "stegosaurus": 59, "stop_sign": 64, "strawberry": 35, "sunflower": 85, "tick": 49, "trilobite": 86,
+    "umbrella": 75, "watch": 239, "water_lilly": 37, "wheelchair": 59, "wild_cat": 34, "windsor_chair": 56,
+    "wrench": 39, "yin_yang": 60}
+# fmt: on
+ROLES = ("train", "val", "test")
+
+
+def sha256(words):
+    return hashlib.sha256(" ".join(map(str, words)).encode()).hexdigest()
+
+
+def cut(name, root):
+    """(images, labels) of the task's three slices."""
+    found = official(name, root, ROLES)
+    return [found[role] for role in ROLES]
+
+
+def small(monkeypatch, name, counts, *slices):
+    """Let a task's originals be few, cut into these slices (split, start, count)."""
+    few = Cut(counts, *[Slice(*each) for each in slices])
+    monkeypatch.setitem(CUTS, name, few)
+
+
+def by_hand(keys, split):
+    """The rule in other words: the hex digest read as a number."""
+    return sorted(
+        keys, key=lambda key: int(hashlib.md5(split.encode() + str(key).encode()).hexdigest(), 16)
+    )
+
+
+@pytest.fixture(scope="module")
+def caltech(tmp_path_factory):
+    root = tmp_path_factory.mktemp("caltech")
+    for name, count in CALTECH.items():
+        folder = root / "caltech101" / "101_ObjectCategories" / name
+        folder.mkdir(parents=True)
+        for i in range(1, count + 1):
+            (folder / f"image_{i:04}.jpg").touch()
+    return root
+
+
+def test_caltech101_slices_are_the_published_ones(caltech):
+    """By the label sequences of a prepared copy and the first file names of the published training split."""
+    assert sum(CALTECH.values()) == 9144
+    (train, train_labels), (val, val_labels), (test, test_labels) = cut("caltech101", caltech)
+    both = train + val
+    names = [f"{path.parent.name}/{path.name}" for path in train[:5]]
+    assert names == [
+        *("pagoda/image_0030.jpg", "brain/image_0041.jpg", "inline_skate/image_0009.jpg"),
+        *("beaver/image_0031.jpg", "starfish/image_0060.jpg"),
+    ]
+    assert (
+        len(both) == 1000
+        and len(set(both)) == 1000
+        and not set(both) & set(test)
+        and len(set(test)) == 6085
+    )
+    assert (
+        sha256(train_labels) == "5a1ff7f40aa32fd8e068a571c3d120119e79885017db5d1fee576b57769f6286"
+    )
+    assert sha256(val_labels) == "3539febce1620ea050226e48e514ecf5c52b0b89699a17b0400c0928cf33ab43"
+    assert (
+        sha256(test_labels[:500])
+        == "15511039da561248c2b6663e136fa9023c4babcf3df4925a9f2e38a77c8bec43"
+    )
+
+
+def test_caltech101_whether_or_not_the_stray_file_is_there(caltech):
+    stray = caltech / "caltech101/101_ObjectCategories/BACKGROUND_Google/tmp"
+    without = cut("caltech101", caltech)
+    stray.touch()
+    with_it = cut("caltech101", caltech)
+    stray.unlink()
+    assert all(a[0] == b[0] for a, b in zip(with_it, without, strict=True))
+
+
+def test_a_missing_original_image_is_noticed(caltech):
+    gone = caltech / "caltech101/101_ObjectCategories/wrench/image_0007.jpg"
+    gone.unlink()
+    with pytest.raises(
+        DataError, match=r"caltech101: .* have \d+ test images and \d+ labels, not 6085: remove"
+    ):
+        cut("caltech101", caltech)
+    gone.touch()
+
+
+def test_eurosat_slices(tmp_path):
+    for name, count in EUROSAT.items():
+        (tmp_path / "eurosat/2750" / name).mkdir(parents=True)
+        for i in range(1, count + 1):
+            (tmp_path / "eurosat/2750" / name / f"{name}_{i}.jpg").touch()
+    (train, labels), (val, _), (test, test_labels) = cut("eurosat", tmp_path)
+    order = by_hand(
+        [f"{n}_{n}_{i}.jpg" for n, count in EUROSAT.items() for i in range(1, count + 1)], "train"
+    )
+    for found, want in ((train, order[:800]), (val, order[16200:16400]), (test, order[21600:])):
+        assert [f"{path.parent.name}_{path.name}" for path in found] == want
+    assert all(
+        list(EUROSAT)[label] == path.parent.name for label, path in zip(labels, train, strict=True)
+    )
+    assert len(test_labels) == 5400
+
+
+def test_flowers_from_setid(tmp_path):
+    savemat = pytest.importorskip("scipy.io", reason="scipy is not installed").savemat
+    rng = np.random.default_rng(0)
+    labels, ids = rng.integers(1, 103, 8189), rng.permutation(np.arange(1, 8190))
+    parts = {"trnid": ids[:1020], "valid": ids[1020:2040], "tstid": ids[2040:]}
+    (tmp_path / "flowers-102/jpg").mkdir(parents=True)
+    savemat(tmp_path / "flowers-102/setid.mat", {name: part[None] for name, part in parts.items()})
+    savemat(tmp_path / "flowers-102/imagelabels.mat", {"labels": labels[None]})
+    found = cut("oxford_flowers102", tmp_path)
+    cuts = [("trnid", "train", 800), ("valid", "validation", 200), ("tstid", "test", 6149)]
+    for (paths, got), (name, split, count) in zip(found, cuts, strict=True):
+        want = by_hand([f"image_{i:05}.jpg" for i in parts[name]], split)[:count]
+        assert [path.name for path in paths] == want
+        assert got.tolist() == [labels[int(name[6:11]) - 1] - 1 for name in want]
+    savemat(tmp_path / "flowers-102/setid.mat", {**parts, "tstid": np.array([[9000]])})
+    with pytest.raises(DataError, match=r"setid.mat: tstid names images outside 1..8189"):
+        cut("oxford_flowers102", tmp_path)
+    (tmp_path / "flowers-102/setid.mat").write_bytes(b"")
+    with pytest.raises(DataError, match="oxford_flowers102: the originals at .* are damaged"):
+        cut("oxford_flowers102", tmp_path)
+
+
+def test_dtd_and_pets_lists(tmp_path):
+    classes = [f"class{i:02}" for i in range(47)]
+    for name in classes:
+        (tmp_path / "dtd/dtd/images" / name).mkdir(parents=True)
+    (tmp_path / "dtd/dtd/labels").mkdir()
+    for part in ("train", "val", "test"):
+        keys = [f"{name}/{name}_{part}{i:02}.jpg" for name in classes for i in range(40)]
+        (tmp_path / f"dtd/dtd/labels/{part}1.txt").write_text("\n".join(keys) + "\n")
+    (train, labels), (val, _), (test, _) = cut("dtd", tmp_path)
+    keys = [f"{name}/{name}_val{i:02}.jpg" for name in classes for i in range(40)]
+    assert [f"{path.parent.name}/{path.name}" for path in val] == by_hand(keys, "validation")[:200]
+    assert [classes[label] for label in labels] == [path.parent.name for path in train] and len(
+        set(test)
+    ) == 1880
+    listing = tmp_path / "dtd/dtd/labels/test1.txt"
+    for line, message in (
+        ("../class01/x.jpg", "test1.txt, line 2: ../class01/x.jpg leads out"),
+        ("no/x.jpg", "there is no class no"),
+    ):
+        listing.write_text("class01/a.jpg\n" + line)
+        with pytest.raises(DataError, match=message):
+            cut("dtd", tmp_path)
+    listing.write_text("class01/a.jpg\n")
+    with pytest.raises(DataError, match="have 1 test images and 1 labels, not 1880"):
+        cut("dtd", tmp_path)
+
+    folder = tmp_path / "oxford-iiit-pet"
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    for part, count in (("trainval", 3680), ("test", 3669)):
+        lines = [f"Pet_{part}_{i} {i % 37 + 1} 1 2" for i in range(count)]
+        (folder / "annotations" / f"{part}.txt").write_text("\n".join(lines))
+    (train, labels), (val, _), (test, _) = cut("oxford_iiit_pet", tmp_path)
+    order = by_hand([f"Pet_trainval_{i}.jpg" for i in range(3680)], "train")
+    assert [path.name for path in train + val] == order[:800] + order[2944:3144]
+    assert labels.tolist() == [int(name[13:-4]) % 37 for name in order[:800]] and len(test) == 3669
+    (folder / "annotations/test.txt").write_text("Pet_1 x 1 2")
+    with pytest.raises(
+        DataError, match="test.txt, line 1: expected '<name> <class> <species> <breed>'"
+    ):
+        cut("oxford_iiit_pet", tmp_path)
+
+
+def test_cifar_rows(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    (tmp_path / "cifar-100-python").mkdir()
+    pixels = {}
+    for part, count in (("train", 120), ("test", 30)):
+        pixels[part] = rng.integers(0, 256, (count, 3072), np.uint8)
+        labels = rng.integers(0, 100, count).tolist()
+        with open(tmp_path / "cifar-100-python" / part, "wb") as file:
+            pickle.dump({"data": pixels[part], "fine_labels": labels}, file)
+        pixels[part + " labels"] = labels
+        md5 = hashlib.md5((tmp_path / "cifar-100-python" / part).read_bytes()).hexdigest()
+        monkeypatch.setattr(originals.datasets.CIFAR100, f"{part}_list", [[part, md5]])
+    slices = ("train", 0, 80), ("train", 90, 20), ("test", 0, 30)
+    small(monkeypatch, "cifar", {"train": 120, "test": 30}, *slices)
+    (train, labels), (val, _), (test, _) = cut("cifar", tmp_path)
+    order = by_hand(range(120), "train")
+    want = pixels["train"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    assert np.array_equal(train, want[order[:80]]) and np.array_equal(val, want[order[90:110]])
+    assert labels.tolist() == [pixels["train labels"][i] for i in order[:80]] and len(test) == 30
+    (tmp_path / "cifar-100-python/test").unlink()
+    (tmp_path / "cifar-100-python/test").mkdir()  # whoever opens it fails
+    assert np.array_equal(official("cifar", tmp_path, ["train", "val"])["val"][0], val)
+    with pytest.raises(DataError, match="cifar: the originals at .* are damaged"):
+        official("cifar", tmp_path, ["test"])
+
+
+def test_damaged_cifar_is_an_error_not_a_reason_to_read_something_else(tmp_path):
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "cifar-100-python/train").write_bytes(b"damaged")
+    with pytest.raises(
+        DataError, match=r"cifar: the originals at .*cifar-100-python are damaged"
+    ) as raised:
+        data.load("cifar", tmp_path)
+    assert not isinstance(raised.value, Missing)
+
+
+def test_svhn_digit_zero_is_class_zero(tmp_path, monkeypatch):
+    savemat = pytest.importorskip("scipy.io", reason="scipy is not installed").savemat
+    rng = np.random.default_rng(0)
+    images = {
+        part: rng.integers(0, 256, (32, 32, 3, count), np.uint8)
+        for part, count in (("train", 60), ("test", 9))
+    }
+    labels = {part: rng.integers(1, 11, value.shape[-1]) for part, value in images.items()}
+    for part in images:
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": images[part], "y": labels[part][:, None]})
+    monkeypatch.setattr(originals.datasets.SVHN, "_check_integrity", lambda self: True)
+    slices = ("train", 0, 40), ("train", 50, 10), ("test", 0, 9)
+    small(monkeypatch, "svhn", {"train": 60, "test": 9}, *slices)
+    (train, got), _, (test, _) = cut("svhn", tmp_path)
+    order = by_hand(range(60), "train")[:40]
+    assert np.array_equal(train, images["train"].transpose(3, 0, 1, 2)[order])
+    assert got.tolist() == (labels["train"][order] % 10).tolist() and len(test) == 9
+
+
+def test_patch_camelyon_rows(tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    rng = np.random.default_rng(0)
+    (tmp_path / "pcam").mkdir()
+    pixels = {}
+    for part, count in (("train", 50), ("valid", 20), ("test", 7)):
+        pixels[part] = (
+            rng.integers(0, 256, (count, 96, 96, 3), np.uint8),
+            rng.integers(0, 2, (count, 1, 1, 1)),
+        )
+        for kind, array in zip("xy", pixels[part], strict=True):
+            with h5py.File(
+                tmp_path / f"pcam/camelyonpatch_level_2_split_{part}_{kind}.h5", "w"
+            ) as file:
+                file[kind] = array
+    counts = {"train": 50, "validation": 20, "test": 7}
+    slices = ("train", 0, 30), ("validation", 0, 10), ("test", 0, 7)
+    small(monkeypatch, "patch_camelyon", counts, *slices)
+    (train, labels), (val, _), (test, _) = cut("patch_camelyon", tmp_path)
+    order = [int(key[6:]) for key in by_hand([f"train_{i}" for i in range(50)], "train")[:30]]
+    assert (
+        np.array_equal(train, pixels["train"][0][order])
+        and labels.tolist() == pixels["train"][1].ravel()[order].tolist()
+    )
+    order = [int(key[6:]) for key in by_hand([f"valid_{i}" for i in range(20)], "validation")[:10]]
+    assert np.array_equal(val, pixels["valid"][0][order]) and len(test) == 7
+
+
+def test_dsprites_labels_and_brightness(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 2, (100, 64, 64), np.uint8)
+    latents = np.stack([rng.integers(0, n, 100) for n in (1, 3, 6, 40, 32, 32)], 1)
+    (tmp_path / "dsprites").mkdir()
+    np.savez(
+        tmp_path / "dsprites/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz",
+        imgs=images,
+        latents_classes=latents,
+    )
+    order = by_hand(range(100), "train")
+    for name, want in (("loc", latents[:, 4] // 2), ("ori", np.floor(latents[:, 3] / 2.5))):
+        slices = ("train", 0, 70), ("train", 80, 10), ("train", 90, 10)
+        small(monkeypatch, f"dsprites_{name}", {"train": 100}, *slices)
+        (train, labels), _, (test, _) = cut(f"dsprites_{name}", tmp_path)
+        assert (
+            np.array_equal(train, images[order[:70]] * 255)
+            and labels.tolist() == want[order[:70]].tolist()
+        )
+        assert np.array_equal(test, images[order[90:]] * 255)
+
+
+def test_smallnorb_matrices(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = {
+        part: rng.integers(0, 256, (40, 2, 96, 96), np.uint8) for part in ("training", "testing")
+    }
+    info = np.stack(
+        [rng.integers(0, 10, 40), rng.integers(0, 9, 40), 2 * rng.integers(0, 18, 40)], 1
+    ).astype("<i4")
+    for part, letters in (("training", "46789"), ("testing", "01235")):
+        stem = tmp_path / f"smallnorb-5x{letters}x9x18x6x2x96x96-{part}"
+        raw = (
+            b"\x55\x4c\x3d\x1e"
+            + np.array([4, *images[part].shape], "<i4").tobytes()
+            + images[part].tobytes()
+        )
+        stem.with_name(f"{stem.name}-dat.mat").write_bytes(raw)
+        raw = b"\x54\x4c\x3d\x1e" + np.array([2, 40, 3, 1], "<i4").tobytes() + info.tobytes()
+        stem.with_name(f"{stem.name}-info.mat.gz").write_bytes(gzip.compress(raw))
+    for name, want in (("azi", info[:, 2] // 2), ("ele", info[:, 1])):
+        slices = ("train", 0, 30), ("test", 0, 10), ("test", 20, 20)
+        small(monkeypatch, f"smallnorb_{name}", {"train": 40, "test": 40}, *slices)
+        (train, labels), (val, _), (test, _) = cut(f"smallnorb_{name}", tmp_path)
+        order = by_hand(range(40), "train")[:30]
+        assert (
+            np.array_equal(train, images["training"][order, 0])
+            and labels.tolist() == want[order].tolist()
+        )
+        order = by_hand(range(40), "test")
+        assert np.array_equal(val, images["testing"][order[:10], 0])
+        assert np.array_equal(test, images["testing"][order[20:], 0])
+    (tmp_path / "smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat").write_bytes(
+        b"MATLAB 5.0 MAT-file" * 9
+    )
+    with pytest.raises(DataError, match="is not a matrix file of small NORB"):
+        cut("smallnorb_ele", tmp_path)
+
+
+def test_clevr_counts_and_distances(tmp_path, monkeypatch):
+    distances = [7.9, 8.0, 8.001, 8.5, 8.6, 9.0, 9.5, 9.51, 10.0, 12.0]
+    for name in ("train", "val"):
+        scenes = [
+            {
+                "image_filename": f"CLEVR_{name}_{i:06}.png",
+                "objects": [{"pixel_coords": [0, 0, distance + k]} for k in range(3 + i % 8)],
+            }
+            for i, distance in enumerate(distances)
+        ]
+        (tmp_path / "CLEVR_v1.0/scenes").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"CLEVR_v1.0/scenes/CLEVR_{name}_scenes.json").write_text(
+            json.dumps({"scenes": scenes[::-1]})
+        )
+    want = {"count": [i % 8 for i in range(10)], "dist": [0, 0, 1, 1, 2, 2, 3, 4, 4, 5]}
+    for name, labels in want.items():
+        slices = ("train", 0, 5), ("train", 6, 3), ("validation", 0, 10)
+        small(monkeypatch, f"clevr_{name}", {"train": 10, "validation": 10}, *slices)
+        found = cut(f"clevr_{name}", tmp_path)
+        for (paths, got), part in zip(found, ("train", "train", "val"), strict=True):
+            assert [labels[int(path.stem[-6:])] for path in paths] == got.tolist()
+            assert all(path.parent == tmp_path / "CLEVR_v1.0/images" / part for path in paths)
+        order = by_hand([f"CLEVR_train_{i:06}.png" for i in range(10)], "train")
+        assert [path.name for path in found[1][0]] == order[6:9]
+    (tmp_path / "CLEVR_v1.0/scenes/CLEVR_val_scenes.json").write_text("damaged")
+    assert len(official("clevr_count", tmp_path, ["train", "val"])) == 2  # does not open it
+    with pytest.raises(DataError, match="clevr_count: the originals at .* are damaged"):
+        official("clevr_count", tmp_path, ["test"])
+
+
+def test_kitti_videos_and_distances(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    place = rng.permutation(60)  # image -> line of the mapping; six images a video
+    (tmp_path / "devkit/mapping").mkdir(parents=True)
+    (tmp_path / "devkit/mapping/train_rand.txt").write_text(",".join(str(i + 1) for i in place))
+    videos = [f"2011_09_26_drive_{i // 3:04}_sync" for i in range(60)]
+    mapping = [f"2011_09_26 {video} {i:010}" for i, video in enumerate(videos)]
+    (tmp_path / "devkit/mapping/train_mapping.txt").write_text("\n".join(mapping) + "\n")
+    (tmp_path / "kitti/training/label_2").mkdir(parents=True)
+    (tmp_path / "kitti/training/image_2").mkdir()
+    near = [8.0, 8.1, 20.0, 20.5]
+    for i in range(60):
+        line = f"{{}} 0 0 0 0 0 0 0 0 0 0 0 0 {near[i % 4] if i % 5 else 1e9} 0\n"
+        kinds = ("Car", "Van", "Truck")[i % 3], "Pedestrian"
+        text = (
+            line.format(kinds[0]) + "Pedestrian 0 0 0 0 0 0 0 0 0 0 0 0 1.0 0\n"
+            if i % 5
+            else "DontCare -1 -1\n"
+        )
+        (tmp_path / f"kitti/training/label_2/{i:06}.txt").write_text(text)
+    np.random.seed(123)  # TFDS's own calls
+    test = np.random.choice(sorted(set(videos)), 2, replace=False)
+    val = np.random.choice(sorted(set(videos) - set(test)), 2, replace=False)
+    of = {
+        i: "test" if videos[k] in test else "val" if videos[k] in val else "train"
+        for i, k in enumerate(place)
+    }
+    counts = {"train": 48, "validation": 6, "test": 6}
+    slices = ("train", 0, 48), ("validation", 0, 6), ("test", 0, 6)
+    small(monkeypatch, "kitti", counts, *slices)
+    (train, labels), (val, _), (test, _) = cut("kitti", tmp_path)
+    for paths, part in ((train, "train"), (val, "val"), (test, "test")):
+        assert {int(path.stem) for path in paths} == {i for i in of if of[i] == part}
+    want = [([0, 1, 1, 2][int(p.stem) % 4] if int(p.stem) % 5 else 3) for p in train]
+    assert labels.tolist() == want
+    assert [path.name for path in train] == by_hand([path.name for path in train], "train")
+
+
+def test_packages_that_reading_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(originals.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Missing, match="svhn: reading the originals needs scipy: pip install scipy"):
+        cut("svhn", tmp_path)
+
+
+def test_every_task_says_how_its_split_was_verified():
+    by_list = {"cifar", "caltech101", "eurosat"}
+    for task in data.TASKS.values():
+        if task.benchmark == "vtab-1k":
+            want = "published list" if task.name in by_list else "rule only"
+            assert task.verified == (want if task.name in originals.ORIGINALS else "not rebuilt")
+
+
+@pytest.fixture
+def fetch(monkeypatch, request):
+    """The real download with DTD's class replaced: it writes what the test tells it to, then stops or ends."""
+    monkeypatch.setattr(originals, "_fetch", request.getfixturevalue("fetch_itself"))
+
+    def use(download):
+        changed = dataclasses.replace(originals.ORIGINALS["dtd"], fetch=(download,))
+        monkeypatch.setitem(originals.ORIGINALS, "dtd", changed)
+
+    return use
+
+
+def test_a_download_that_breaks_off_leaves_nothing_that_counts(tmp_path, fetch, capsys):
+    root, calls = tmp_path / "data", []
+
+    def breaks_off(staging, download):
+        calls.append(sorted(str(path.relative_to(staging)) for path in staging.rglob("*")))
+        (staging / "dtd/dtd/images").mkdir(parents=True)
+        (staging / "dtd/dtd/images/half.jpg").touch()
+        (staging / "dtd/dtd-r1.0.1.tar.gz").write_bytes(b"part of it")
+        raise ConnectionResetError("the line went dead")
+
+    fetch(breaks_off)
+    for _ in range(2):
+        with pytest.raises(
+            Missing,
+            match=r"dtd: the download failed \(the line went dead\) and there is no .*by hand",
+        ):
+            data.load("dtd", root)
+    assert calls == [[], []] and not root.exists()
+
+    def interrupted(staging, download):
+        raise KeyboardInterrupt
+
+    fetch(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.load("dtd", root)
+    assert not (root / "dtd").exists()
+
+
+def test_an_incomplete_folder_stands_in_the_way_of_a_download(tmp_path, fetch):
+    (tmp_path / "dtd").mkdir()
+    fetch(None)  # would raise
+    with pytest.raises(
+        DataError, match="dtd: .*/dtd is not complete: remove it, or complete it by hand"
+    ) as raised:
+        data.load("dtd", tmp_path)
+    assert not isinstance(raised.value, Missing)
+
+
+def test_a_download_without_a_network_leaves_no_folder(tmp_path, fetch):
+    def refuse(staging, download):
+        raise OSError("Name or service not known")
+
+    fetch(refuse)
+    with pytest.raises(Missing, match="Name or service not known"):
+        data.load("dtd", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_download_that_ends_is_moved_into_place(tmp_path, fetch):
+    def whole(staging, download):
+        for part in ("train", "val", "test"):
+            folder = staging / "dtd/dtd"
+            (folder / "labels").mkdir(parents=True, exist_ok=True)
+            keys = [f"c{i // 40:02}/{part}{i}.jpg" for i in range(1880)]
+            (folder / "labels" / f"{part}1.txt").write_text("\n".join(keys))
+            for key in keys:
+                (folder / "images" / key).parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (2, 2)).save(folder / "images" / key)
+
+    fetch(whole)
+    train, test = data.load("dtd", tmp_path, img_size=8)
+    assert train.about == "originals, JPEG images, 1000 train / 1880 test" and train.official
+    assert {path.name for path in tmp_path.iterdir()} == {"dtd"}
+    fetch(None)  # it is there: nothing is fetched again
+    assert len(data.load("dtd", tmp_path)[1]) == 1880
+    (tmp_path / "dtd/dtd/images" / test.items[7].parent.name / test.items[7].name).write_bytes(
+        b"no image"
+    )
+    with pytest.raises(
+        DataError, match="dtd: the originals are not whole: .* is not a readable image"
+    ):
+        data.load("dtd", tmp_path)
