@@ -110,3 +110,59 @@ def stop_after(monkeypatch, epochs):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save_state", save_and_stop)
+
+
+BIRDS = {"train": 30, "val": 10, "test": 12}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A whole CIFAR-100 task in the prepared layout: 1000 + 20 random images of 12 x 10 pixels, three of them odd."""
+    root = tmp_path_factory.mktemp("data")
+    folder = root / "vtab-1k" / "cifar"
+    rng = np.random.default_rng(0)
+    lists = {"train800": 800, "val200": 200, "test": 20}
+    for name, count in lists.items():
+        (folder / "images" / name).mkdir(parents=True)
+        lines = []
+        for i in range(count):
+            image = Image.fromarray(rng.integers(0, 256, (10, 12, 3), np.uint8))
+            image = {1: image.convert("L"), 2: image.convert("P"), 3: image.convert("RGBA")}.get(
+                i, image
+            )
+            image.save(folder / "images" / name / f"{i:06}.png")
+            lines.append(f"images/{name}/{i:06}.png {i % 100}\n")
+        (folder / f"{name}.txt").write_text("".join(lines))
+    both = (folder / "train800.txt").read_text() + (folder / "val200.txt").read_text()
+    (folder / "train800val200.txt").write_text(both)
+    return root
+
+
+def edited(prepared, tmp_path, listing, edit):
+    """A copy of the prepared folder's lists with one list edited; the images are linked, not copied."""
+    folder = tmp_path / "vtab-1k" / "cifar"
+    folder.mkdir(parents=True)
+    source = prepared / "vtab-1k" / "cifar"
+    (folder / "images").symlink_to(source / "images")
+    for file in source.glob("*.txt"):
+        lines = file.read_text().splitlines()
+        (folder / file.name).write_text(
+            "\n".join(edit(lines) if file.name == listing else lines) + "\n"
+        )
+    return tmp_path
+
+
+@pytest.fixture
+def birds(tmp_path):
+    """A CUB of few images, in VPT's layout: class ids from 1 with gaps, images of several shapes."""
+    folder, rng = tmp_path / "fgvc/CUB_200_2011", np.random.default_rng(0)
+    for part, count in BIRDS.items():
+        listing = {}
+        for i in range(count):
+            name = f"{i % 5:03}.bird/{part}{i}.jpg"
+            (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+            coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 3), np.uint8))
+            coarse.resize((90 + 7 * (i % 9), 120 - 5 * (i % 7))).save(folder / "images" / name)
+            listing[name] = 3 * (i % 5) + 1
+        (folder / f"{part}.json").write_text(json.dumps(listing))
+    return tmp_path
