@@ -238,7 +238,7 @@ def _embedded(name: str, benchmark: str, recipe: dict, origin: str, *aliases: st
 
 _ROWS = [
     _vtab("natural", "cifar", 100, 10000, "cifar100", "cifar_100"),
-    _vtab("natural", "caltech101", 102, 6085, "caltech", "caltech_101"),
+    _vtab("natural", "caltech101", 102, 6084, "caltech", "caltech_101"),
     _vtab("natural", "dtd", 47, 1880, "describable_textures"),
     _vtab("natural", "oxford_flowers102", 102, 6149, "flowers102", "vtab_flowers"),
     _vtab("natural", "oxford_iiit_pet", 37, 3669, "pets", "pet", "oxford_pet", "oxford_pets"),

@@ -94,7 +94,7 @@ _NORB = _vtab({"train": 24_300, "test": 24_300}, ("test", 0), ("test", 12_150, 1
 _FLOWERS = {"train": 1020, "validation": 1020, "test": 6149}
 CUTS: dict[str, Cut] = {
     "cifar": _vtab({"train": 50_000, "test": 10_000}, ("train", 45_000), ("test", 0, 10_000)),
-    "caltech101": _vtab({"train": 3059, "test": 6085}, ("train", 2753), ("test", 0, 6085)),
+    "caltech101": _vtab({"train": 3060, "test": 6084}, ("train", 2754), ("test", 0, 6084)),
     "dtd": _vtab(
         {"train": 1880, "validation": 1880, "test": 1880}, ("validation", 0), ("test", 0, 1880)
     ),
@@ -145,7 +145,7 @@ def draw_caltech101(files: dict[str, set[str]], split: str) -> list[str]:
     """Keys `<Dir>/<file>` of a split, given each directory's files: TFDS draws 30 for training."""
     rng = np.random.RandomState(1234)
     keys = []
-    for name in sorted(files, key=str.lower):
+    for name in sorted(files):  # capitals first
         found = set(files[name])
         if name == "BACKGROUND_Google":
             found.add("tmp")  # no image, but one of the published draw's 30
