@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mlae import PATTERNS, MLAELinear, fixed_masks, mask_rates, set_mask_prob
 
-__all__ = ["MASKINGS", "METHODS", "PATTERNS", "SCHEDULES", "Method"]
+__all__ = ["MASKINGS", "METHODS", "METHODS_HELP", "PATTERNS", "SCHEDULES", "Method"]
 
 MASKINGS = {  # which masks act: (a new one at every step, one drawn for good)
     "stochastic": (True, False),
@@ -38,7 +38,7 @@ class Method:
     """A row of METHODS.
 
     Attributes:
-        about: what it trains beside the head, for the help.
+        trains: what it trains beside the head, in words.
         layer: the nn.Linear that takes the place of a linear layer, with `from_linear(linear,
             **keywords)`, `delta_weight()` and `to_linear()`; None if there is no such layer.
         settings: the method's settings with their defaults: keywords of `model.create`.
@@ -54,7 +54,7 @@ class Method:
         log: model -> columns of the run's log, once an epoch.
     """
 
-    about: str
+    trains: str
     layer: type[nn.Linear] | None = None
     settings: dict = field(default_factory=dict)
     plan: Callable[[int, dict], list[dict]] = lambda num_layers, settings: [settings] * num_layers
@@ -149,7 +149,7 @@ def lora_plan(num_layers: int, settings: dict) -> list[dict]:
 
 METHODS: dict[str, Method] = {
     "mlae": Method(
-        about="masked rank-1 experts (Wang et al. 2024)",
+        trains="masked rank-1 experts (Wang et al. 2024)",
         layer=MLAELinear,
         settings={
             "rank": 8,
@@ -164,15 +164,16 @@ METHODS: dict[str, Method] = {
         log=mlae_log,
     ),
     "lora": Method(
-        about="low-rank adaptation (Hu et al. 2021)",
+        trains="low-rank adaptation (Hu et al. 2021)",
         layer=MLAELinear,
         settings={"rank": 8, "coef_init": 1.0},
         plan=lora_plan,
         fixed=("lora_lambda",),
     ),
     "linear": Method(
-        about="nothing: a linear probe",
+        trains="nothing: a linear probe",
         recipe={"drop_path": 0.0},  # it would be noise in a backbone that nothing adapts
     ),
-    "full": Method(about="every parameter", thaws=lambda name: True),
+    "full": Method(trains="every parameter", thaws=lambda name: True),
 }
+METHODS_HELP = "; ".join(f"{name}: {row.trains}" for name, row in METHODS.items())

@@ -48,7 +48,7 @@ class Found:
     """What a reader found: images (paths or an array) and labels of each selection asked for."""
 
     source: str
-    about: str
+    description: str
     images: list[Sequence]
     labels: list[Sequence[int]]
 
@@ -102,7 +102,7 @@ def read_originals(task: Task, root: Path, selections: Selections, source, downl
 def read_embedded(task: Task, root: Path, selections: Selections, source, download) -> Found:
     """As read_originals; there is no other source, and people know it by the task's origin."""
     found = read_originals(task, root, selections, source, download)
-    return dataclasses.replace(found, source="embedded", about=task.origin)
+    return dataclasses.replace(found, source="embedded", description=task.origin)
 
 
 def read_vtab(task: Task, root: Path, selections: Selections, source, download) -> Found:
@@ -135,8 +135,8 @@ def read_vtab(task: Task, root: Path, selections: Selections, source, download) 
             raise DataError(f"{folder / LISTS[selection]} has {counts}")
         images.append(paths)
         labels.append(classes)
-    about = f"prepared folder, {'+'.join(sorted(formats))} images"
-    return Found("prepared", about, images, labels)
+    description = f"prepared folder, {'+'.join(sorted(formats))} images"
+    return Found("prepared", description, images, labels)
 
 
 def _prepared_line(task: Task, folder: Path, where: str, line: str) -> tuple[Path, int, str]:
@@ -331,17 +331,18 @@ def load(
             official = False
         if not isinstance(images, np.ndarray):
             paths += images
-    about = f"{found.about}, {' / '.join(notes)}"
+    description = f"{found.description}, {' / '.join(notes)}"
     repeated = len(paths) - len(set(paths))
     if repeated:
-        about, official = f"{about}; {repeated} images are repeated", False
+        description, official = f"{description}; {repeated} images are repeated", False
     declared = root / task.benchmark / task.name / "SUBSET"
     if found.source == "prepared" and declared.exists():
-        about, official = f"{about}; SUBSET: {' '.join(declared.read_text().split())}", False
+        why = " ".join(declared.read_text().split())
+        description, official = f"{description}; SUBSET: {why}", False
     cache = None
     if task.benchmark in SUITES.values():
         cache = root / "cache" / f"{task.name}-{found.source}-{split}-{img_size}.safetensors"
     shared = {"img_size": img_size, "augment": task.augment, "source": found.source}
-    shared |= {"official": official, "about": about}
+    shared |= {"official": official, "description": description}
     train = Images(found.images[0], found.labels[0], cache=cache, **shared)
     return train, Images(found.images[1], found.labels[1], **shared)

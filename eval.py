@@ -147,7 +147,7 @@ def check(
     tag = config["weights"]["tag"]
     counts = count_parameters(model)
     trained, head = counts["trainable"], counts["head"]
-    print(f"{args.method} on {args.dataset}, {tag}, seed {args.seed}: {images.about}")
+    print(f"{args.method} on {args.dataset}, {tag}, seed {args.seed}: {images.description}")
     print(f"parameters: {trained:,} trained, of them {head:,} in the head")
     split = "val" if args.val else "test"
     if (folder / "metrics.json").exists():

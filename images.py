@@ -50,7 +50,7 @@ class Images(Dataset):
     Attributes: `items` (paths, or arrays (H, W) or (H, W, 3) of uint8), `labels` (N,) int64,
     `augment` ("none": the whole image at S x S; "crop": the centre crop, and random ones in
     `epoch`), `source` ("original", "prepared", "lists", "embedded"), `official` (whether this is
-    the benchmark's own split, whole), `about` (the same for people), `cache` (a file or None).
+    the benchmark's own split, whole), `description` (that for people), `cache` (a file or None).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Images(Dataset):
         augment: str = "none",
         source: str = "",
         official: bool = False,
-        about: str = "",
+        description: str = "",
         cache: Path | None = None,
     ) -> None:
         self.items = self.files = items  # `items` become arrays in memory, `files` stay
@@ -71,7 +71,7 @@ class Images(Dataset):
         self.augment = augment
         self.source = source
         self.official = official
-        self.about = about
+        self.description = description
         self.cache = cache
         # the resized image's short side before the crop: 256 for 224
         self.short = round(img_size / 0.875) if augment == "crop" else None

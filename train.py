@@ -33,7 +33,7 @@ from backbone import (
     train_mode,
     weights_of,
 )
-from baselines import MASKINGS, METHODS, PATTERNS, SCHEDULES
+from baselines import MASKINGS, METHODS, METHODS_HELP, PATTERNS, SCHEDULES
 from eval import create_model, create_normalizer, evaluate, load_data
 from model import adapter_state, check_gradients, save_adapter
 from runs import (
@@ -135,9 +135,9 @@ def run(args: argparse.Namespace) -> dict:
     # from here on the run writes
     make_folder(folder, keep_state=args.resume)
     config = {"arguments": vars(args), "identity": own, "source": train.source, "amp": amp}
-    config |= {"weights": weights, "data": test.about, **provenance(device)}
+    config |= {"weights": weights, "data": test.description, **provenance(device)}
     write_json(folder / "config.json", config)
-    print(f"{args.method} on {args.dataset}, {weights['tag']}, {device}: {train.about}")
+    print(f"{args.method} on {args.dataset}, {weights['tag']}, {device}: {train.description}")
     print(
         "{trainable:,} of {total:,} parameters train, {head:,} of them in the head".format(**counts)
     )
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> dict:
         "seed": args.seed,
         f"{split}_top1": scores["top1"],
         f"{split}_loss": scores["loss"],
-        "data": test.about,
+        "data": test.description,
         "official": train.official and test.official,
         "digest": test.digest(),
         "trainable_parameters": counts["trainable"],
@@ -234,8 +234,8 @@ def add_flags(flag) -> None:
     flag("--checkpoint", type=os.path.abspath, help="local .safetensors, .pth or .npz")
     flag("--no-pretrained", action="store_true", help="start from random weights")
     # method
-    flag("--method", choices=METHODS, default="mlae", help="what trains (default: mlae)")
-    flag("--targets", nargs="+", metavar="PATH", help="layers to adapt, by the end of their path")
+    flag("--method", choices=METHODS, default="mlae", help=METHODS_HELP)
+    flag("--targets", nargs="+", metavar="PATH", help="layers, by name suffix (default: attn.qkv)")
     flag("--rank", type=COUNT, help="experts per layer (default: 8, 0.30 M parameters on ViT-B)")
     flag("--coef-init", type=POSITIVE, help="first lambda; of lora alpha / rank (default: 1)")
     # masking

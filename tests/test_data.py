@@ -60,9 +60,11 @@ def test_prepared_folder_against_pillow(prepared):
         image, label = train[i]
         assert image.dtype == torch.uint8 and image.shape == (3, 16, 16) and label == i % 100
         assert np.array_equal(image.permute(1, 2, 0), want)
-    assert train.about == "prepared folder, PNG images, 1000 train / 20 of 10000 test (subset)"
+    assert (
+        train.description == "prepared folder, PNG images, 1000 train / 20 of 10000 test (subset)"
+    )
     train, val = load("cifar", prepared, split="train", img_size=16)
-    assert len(train) == 800 and len(val) == 200 and val.about.endswith("800 train / 200 val")
+    assert len(train) == 800 and len(val) == 200 and val.description.endswith("800 train / 200 val")
 
 
 def test_the_prepared_folder_only_where_the_originals_cannot_be_had(prepared, capsys, monkeypatch):
@@ -81,7 +83,7 @@ def test_the_prepared_folder_only_where_the_originals_cannot_be_had(prepared, ca
     }
     monkeypatch.setattr(originals, "read", lambda name, root, split, download: rows[split])
     train, test = load("cifar", prepared)
-    assert train.about == "originals, raw images, 1000 train / 10000 test"
+    assert train.description == "originals, raw images, 1000 train / 10000 test"
     assert train.source == "original" and train.official and test.official
     rows["test"] = None  # whoever asks for it fails
     train, val = load("cifar", prepared, split="train")
@@ -93,7 +95,7 @@ def test_a_subset_or_a_padded_list_is_never_the_benchmark(prepared, tmp_path):
     root = edited(prepared, tmp_path, "test.txt", lambda lines: lines * 500)
     _, test = load("cifar", root)
     assert len(test) == 10_000 and not test.official
-    assert test.about.endswith("1000 train / 10000 test; 9980 images are repeated")
+    assert test.description.endswith("1000 train / 10000 test; 9980 images are repeated")
 
 
 def test_a_training_image_in_the_test_list_is_noticed(prepared, tmp_path):
@@ -101,15 +103,15 @@ def test_a_training_image_in_the_test_list_is_noticed(prepared, tmp_path):
         prepared, tmp_path, "test.txt", lambda lines: [*lines[:-1], "images/val200/000007.png 7"]
     )
     _, test = load("cifar", root)
-    assert test.about.endswith("; 1 images are repeated") and not test.official
+    assert test.description.endswith("; 1 images are repeated") and not test.official
 
 
 def test_a_declared_subset_is_named(prepared, tmp_path):
     root = edited(prepared, tmp_path, "none", None)
     (root / "vtab-1k/cifar/SUBSET").write_text("not the official\nimages")
-    assert load("cifar", root)[1].about.endswith("(subset); SUBSET: not the official images")
+    assert load("cifar", root)[1].description.endswith("(subset); SUBSET: not the official images")
     val = load("cifar", root, split="train")[1]
-    assert val.about.endswith("200 val; SUBSET: not the official images") and not val.official
+    assert val.description.endswith("200 val; SUBSET: not the official images") and not val.official
     (root / "vtab-1k/cifar/SUBSET").unlink()
     assert load("cifar", root, split="train")[1].official  # 800 and 200, as far as counts tell
 
@@ -133,13 +135,15 @@ def test_without_the_test_set_a_validation_run_goes_through(prepared, birds, tmp
 def test_fgvc_lists(birds):
     train, test = load("cub", birds, img_size=56)
     assert (
-        train.about
+        train.description
         == "lists of VPT, JPEG images, 40 of 5994 train (subset) / 12 of 5794 test (subset)"
     )
     assert not train.official
     assert train.labels.tolist() == [i % 5 for i in range(30)] + [i % 5 for i in range(10)]
     small, val = load("cub", birds, img_size=56, split="train")
-    assert len(small) == 30 and len(val) == 10 and val.about.endswith("10 of 600 val (subset)")
+    assert (
+        len(small) == 30 and len(val) == 10 and val.description.endswith("10 of 600 val (subset)")
+    )
     image = Image.open(test.items[3])  # the test view by hand: short side 64, centre 56 x 56
     w, h = image.size
     scaled = image.resize(
@@ -199,7 +203,7 @@ def test_fgvc_flowers_from_the_originals(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "image_format", lambda path, where: "JPEG")
     monkeypatch.setattr(originals, "read", lambda name, root, split, download: parts[split])
     train, test = load("oxford_flowers", tmp_path)
-    assert train.about == "originals, JPEG images, 2040 train / 6149 test" and train.official
+    assert train.description == "originals, JPEG images, 2040 train / 6149 test" and train.official
     assert train.labels.tolist() == [*parts["train"].labels, *parts["validation"].labels]
     assert test.short == 256 and not list(tmp_path.glob("cache"))
 
@@ -293,7 +297,8 @@ def test_digits():
     assert len(small) == 800 and len(val) == 200
     assert torch.equal(train.tensors()[0], torch.cat([small.tensors()[0], val.tensors()[0]]))
     assert (
-        train.official and train.about == "embedded UCI handwritten digits, 1000 train / 797 test"
+        train.official
+        and train.description == "embedded UCI handwritten digits, 1000 train / 797 test"
     )
 
 

@@ -494,7 +494,7 @@ def test_a_download_that_ends_is_moved_into_place(tmp_path, fetch):
 
     fetch(whole)
     train, test = data.load("dtd", tmp_path, img_size=8)
-    assert train.about == "originals, JPEG images, 1000 train / 1880 test" and train.official
+    assert train.description == "originals, JPEG images, 1000 train / 1880 test" and train.official
     assert {path.name for path in tmp_path.iterdir()} == {"dtd"}
     fetch(None)  # it is there: nothing is fetched again
     assert len(data.load("dtd", tmp_path)[1]) == 1880

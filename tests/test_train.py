@@ -483,7 +483,7 @@ class Scale(torch.nn.Linear):
 
 def test_a_method_is_one_more_row(run, monkeypatch):
     """What a reader touches to add a method: METHODS. Saving, scoring and merging follow."""
-    toy = baselines.Method(about="a toy", layer=Scale, settings={"start": 1.0})
+    toy = baselines.Method(trains="a toy", layer=Scale, settings={"start": 1.0})
     monkeypatch.setitem(baselines.METHODS, "toy", toy)
     metrics = run("--method", "toy", "--targets", "mlp.fc1", "--lr", 0.01)
     assert metrics["trainable_parameters"] == 6 * 4 * 96 + 970
@@ -521,7 +521,7 @@ def test_a_term_of_the_loss_is_one_hook(run, monkeypatch):
 
 def test_parts_of_a_batch_bring_the_penalty_once():
     weight = torch.nn.Parameter(torch.tensor(2.0))
-    method = baselines.Method(about="", penalty=lambda net: weight**2)
+    method = baselines.Method(trains="", penalty=lambda net: weight**2)
     net = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD([weight, *net.parameters()], lr=0.0)
     for accumulate in (1, 3):
