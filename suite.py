@@ -262,7 +262,7 @@ def tabulate(rows: list[Row], form: str = "markdown") -> str:
 
 def grid(rows: list[Row]) -> list[list[str]]:
     """Lines of cells: a line for each task and mean, a column for each configuration, the data."""
-    names = list(dict.fromkeys(row.configuration for row in rows))
+    names = sorted({row.configuration for row in rows})
     lines = [[f"{rows[0].benchmark}, {rows[0].split} top-1 (%)", *names, "data"]]
     for task in dict.fromkeys(row.task for row in rows):
         line = dict.fromkeys(names, "-")
