@@ -1,23 +1,15 @@
-"""How fast, in how much memory, against whom. Every method takes its turn in every round, so that noise hits all alike.
+"""How fast, in how much memory, against whom: every method takes its turn in every round.
 
-    python bench.py --model vit_tiny_patch16_224 --batch-size 16                     # 20 rounds on this machine
-    python bench.py --targets attn.qkv attn.proj mlp.fc1 mlp.fc2 --rank 16 --amp bf16
-    python bench.py --methods mlae mlae+compile mlae+bf16 mlae+grad-checkpoint       # what an option costs or saves
-    python bench.py --sweep rank 1 8 64 --methods floor mlae peft --plot rank.png    # cost as the work grows
+    python bench.py --model vit_tiny_patch16_224 --batch-size 16            # 20 rounds here
+    python bench.py --methods mlae mlae+compile mlae+bf16                   # what an option costs
+    python bench.py --sweep rank 1 8 64 --methods floor mlae --plot r.png   # as the work grows
 
-A step is train.py's: pick a batch of uint8 images, normalise, forward, backward, AdamW. The methods:
-
-    floor       the frozen backbone with its head and the first block's norm1.bias trained: the forward and the gradient
-                with respect to activations through every block (the first one's too, which adapters of qkv can skip)
-    mlae        MLAELinear, folded into one product
-    two-branch  the same experts and masks beside the frozen layer
-    peft        LoRA of Hugging Face PEFT
-    loralib     LoRA of microsoft/LoRA
-    full        full fine-tuning
-
-Weights are random; they do not change the time. Times are medians over rounds; ratios are medians of the ratios within
-a round, with their quartiles. Memory is the peak of a process of its own: allocated on CUDA, else resident, the
-libraries of all methods included. GFLOP counts products, recomputed ones too. The last line is JSON.
+A step is train.py's, on uint8 images that are on the device. Beside train.py's methods: floor (the
+frozen backbone, head and blocks.0.norm1.bias trained: the forward and the gradient of activations
+through every block), two-branch (MLAE not folded), peft and loralib (their LoRA), and scoring with
+eval plain (timm's model), eval mlae, eval merged. Ratios are medians within a round, with
+quartiles; memory is a process's own peak (CUDA: allocated), with all methods' libraries; GFLOP
+counts products, recomputed ones too. Weights are random. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,14 +17,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -43,104 +35,77 @@ from tqdm import tqdm
 
 import data
 import model as models
-from eval import (
-    AMP,
-    COUNT,
-    FRACTION,
-    WHOLE,
-    Parser,
-    autocast,
-    peak_memory_mb,
-    pick_device,
-    resolve_amp,
-)
+import runs
+from backbone import ModelError, create_backbone, input_size, parameter_groups, recompute_blocks
+from baselines import METHODS
+from plot import draw_sweeps
+from runs import AMP, COUNT, DEVICES, FRACTION, WHOLE, RunError
+from suite import as_markdown
+from train import train_step
 
+CLASSES = 100
 PEERS = ("peft", "loralib")
-METHODS = ("floor", "mlae", "two-branch", "peft", "loralib", "full")
-EVALUATIONS = ("plain", "mlae", "merged")
+SCORING = ("eval plain", "eval mlae", "eval merged")
+KNOWN = [*METHODS, "floor", "two-branch", *PEERS, *SCORING]
+DEFAULT = ["floor", "mlae", "two-branch", *PEERS, "full", *SCORING]
 OTHERS = ("floor", "mlae", "peft", "eval plain")  # what ratios are over
-OPTIONS = {  # method+option is one more method, so that it takes its turn too
-    "compile": {"compile": True},
-    "bf16": {"amp": "bf16"},
-    "fp16": {"amp": "fp16"},
-    "grad-checkpoint": {"grad_checkpoint": True},
-    "accumulate4": {"accumulate": 4},
-}
-PEAK_TFLOPS = {
-    "H200": 989,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "4090": 165,
-}  # dense bf16 or fp16, as NVIDIA states
-
-
-class TwoBranch(nn.Module):
-    """MLAE as its equation has it: the frozen layer and the experts beside it."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.layer = layer  # an MLAELinear: its parameters and its masks
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        h = F.linear(x, layer.lora_A)  # (..., r)
-        return F.linear(x, layer.weight, layer.bias) + F.linear(
-            h * layer.coefficients(), layer._full_B()
-        )
+# method+option is one more method, so that it takes its turn too
+OPTIONS = {"compile": {"compile": True}, "bf16": {"amp": "bf16"}, "fp16": {"amp": "fp16"}}
+OPTIONS |= {"grad-checkpoint": {"grad_checkpoint": True}, "accumulate4": {"accumulate": 4}}
+# dense bf16 or fp16, as NVIDIA states
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
 
 
 def build(method: str, args: argparse.Namespace) -> nn.Module:
-    """The model of one method on the CPU, with what it trains marked so; ModelError where there is no such model."""
-    create = {
-        "name": args.model,
-        "num_classes": 100,
-        "pretrained": False,
-        "img_size": args.img_size,
-    }
-    create |= {"rank": args.rank, "targets": args.targets, "mask_prob": args.mask_prob}
-    if method in ("mlae", "merged", "two-branch"):
-        net = models.create(**create, method="mlae")
-        for name, layer in models.experts(net).items() if method == "two-branch" else ():
-            net.set_submodule(name, TwoBranch(layer))
-        return models.merge(net) if method == "merged" else net
-    net = models.create(**create, method="full" if method == "full" else "linear")
+    """The model of a method on the CPU, with what it trains marked so; else ModelError."""
+    size = {"pretrained": False, "img_size": args.img_size}
+    own = {"rank": args.rank, "mask_prob": args.mask_prob, "targets": args.targets}
+    if method in METHODS:
+        return models.create(args.model, CLASSES, method=method, **size, **own)
+    if method in ("two-branch", "eval mlae", "eval merged"):
+        net = models.create(args.model, CLASSES, method="mlae", **size, **own)
+        for layer in models.adapters(net).values():
+            if method == "two-branch":
+                layer.forward = partial(two_branch, layer)
+        return models.merge(net) if method == "eval merged" else net
+    net = create_backbone(args.model, CLASSES, **size)
+    models.freeze(net)
     if method == "floor":
         first = dict(net.named_parameters()).get("blocks.0.norm1.bias")
         if first is None:
-            raise models.ModelError(
-                f"--methods floor: {args.model} has no blocks.0.norm1.bias to train"
-            )
+            raise ModelError(f"--methods floor: {args.model} has no blocks.0.norm1.bias to train")
         first.requires_grad_(True)
-    elif method in PEERS:
-        layers = models.find_layers(net, args.targets)
-        if any(rows is not None for rows in layers.values()):
-            raise models.ModelError(
-                f"--methods {method}: it adapts whole layers, so --targets attn.qkv"
-            )
-        if method == "peft":
-            import peft
-
-            config = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(layers))
-            head = [p for p in net.parameters() if p.requires_grad]
-            net = peft.get_peft_model(net, config)
-            for parameter in head:
-                parameter.requires_grad_(True)
-        else:
-            import loralib
-
-            for name in layers:
-                old = net.get_submodule(name)
-                lora = loralib.Linear(
-                    old.in_features, old.out_features, args.rank, args.rank, merge_weights=False
-                )
-                lora.weight, lora.bias = old.weight, old.bias
-                net.set_submodule(name, lora)
+    if method not in PEERS:
+        return net
+    layers = models.find_layers(net, args.targets)
+    if any(rows is not None for rows in layers.values()):
+        raise ModelError(f"--methods {method}: it adapts whole layers, so --targets attn.qkv")
+    library = importlib.import_module(method)
+    if method == "peft":
+        head = [p for p in net.parameters() if p.requires_grad]
+        config = library.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(layers))
+        net = library.get_peft_model(net, config)
+        for parameter in head:
+            parameter.requires_grad_(True)
+        return net
+    for name in layers:
+        old = net.get_submodule(name)
+        sizes = old.in_features, old.out_features, args.rank, args.rank
+        lora = library.Linear(*sizes, merge_weights=False)
+        lora.weight = old.weight
+        lora.bias = old.bias
+        net.set_submodule(name, lora)
     return net
 
 
-def settings(method: str, args: argparse.Namespace) -> tuple[str, argparse.Namespace]:
-    """The base method, and the arguments with a method's own options: for mlae+bf16 those with --amp bf16."""
+def two_branch(layer: nn.Linear, x: Tensor) -> Tensor:
+    """MLAE as its equation has it: the frozen layer, and the experts beside it."""
+    h = F.linear(x, layer.lora_A) * layer.coefficients()  # (..., r)
+    return F.linear(x, layer.weight, layer.bias) + F.linear(h, layer._full_B())
+
+
+def with_options(method: str, args: argparse.Namespace):
+    """The base method, and its own arguments: for mlae+bf16 those with --amp bf16."""
     method, *options = method.split("+")
     args = argparse.Namespace(**vars(args))
     for option in options:
@@ -148,73 +113,59 @@ def settings(method: str, args: argparse.Namespace) -> tuple[str, argparse.Names
     return method, args
 
 
-def stepper(
-    method: str, args: argparse.Namespace, device: torch.device, images: Tensor
-) -> Callable[[], None]:
-    """One training step of a method as train.py makes it, or for "eval <method>" the scoring of one batch."""
-    method, args = settings(method, args)
+def stepper(method: str, args, device, images: Tensor):
+    """A training step of a method, or for "eval <method>" the scoring of one batch."""
+    method, args = with_options(method, args)
     scoring = method.startswith("eval ")
-    net = build(method.removeprefix("eval "), args).to(device).train(not scoring)
+    net = build(method, args).to(device).train(not scoring)
     if args.grad_checkpoint:
-        models.recompute_blocks(net)
-    if args.compile:
-        net.compile(
-            dynamic=True
-        )  # as train.py's torch.compile, but at ease with the counter's hooks
-    normalize, precision = (
-        data.normalizer(*data.NORMALIZE["imagenet"], device),
-        resolve_amp(args.amp, device),
-    )
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = None if scoring else torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        recompute_blocks(net)
+    if args.compile:  # as train.py's torch.compile, but at ease with the counter's hooks
+        net.compile(dynamic=True)
+    normalize = data.normalizer(*data.NORMALIZE["imagenet"], device)
+    amp = runs.resolve_amp(args.amp, device)
 
-    def step() -> None:
-        batch = torch.randint(0, len(images), (args.batch_size,), device=device)
-        if scoring:
-            with torch.inference_mode(), autocast(device, precision):
-                net(normalize(images[batch]))
-            return
-        optimizer.zero_grad()
-        for part in batch.chunk(args.accumulate):
-            with autocast(device, precision):
-                logits = net(normalize(images[part]))  # (B, classes)
-            scaler.scale(
-                F.cross_entropy(logits.float(), part % 100) * len(part) / len(batch)
-            ).backward()
-        if args.grad_checkpoint and any(p.grad is None for p in trained):
-            raise models.ModelError(
-                "--grad-checkpoint: this timm loses gradients; pip install -U timm"
-            )
-        scaler.step(optimizer)
-        scaler.update()
+    def draw():
+        return torch.randint(0, len(images), (args.batch_size,), device=device)
 
+    def score():
+        with torch.inference_mode(), runs.autocast(device, amp):
+            net(normalize(images[draw()]))
+
+    if scoring:
+        return score
+    optimizer = torch.optim.AdamW(parameter_groups(net, 1e-4), lr=1e-4, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    options = {"normalize": normalize, "scaler": scaler, "amp": amp, "progress": 0.5}
+    options |= {"accumulate": args.accumulate, "label_smoothing": 0.0}
+    options["method"] = METHODS.get(method, METHODS["linear"])  # whose hooks do nothing
+
+    def step():
+        batch = draw()
+        train_step(net, optimizer, images[batch], batch % CLASSES, **options)
+
+    if args.grad_checkpoint:
+        step()
+        models.check_gradients(net)
     return step
 
 
-def made_up(args: argparse.Namespace, device: torch.device) -> Tensor:
-    """Training images (N, 3, S, S) uint8 on the device."""
-    return torch.randint(
-        0, 256, (args.images, 3, args.img_size, args.img_size), dtype=torch.uint8
-    ).to(device)
-
-
 def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """One row a method: median seconds, images/s, ratios to OTHERS (quartiles), memory, GFLOP, MFU."""
+    """One row a method: median seconds, images/s, ratios to OTHERS (quartiles), GFLOP, MFU."""
     torch.compiler.reset()  # else the compiled models of an earlier point count towards the limit
-    torch._dynamo.config.cache_size_limit = (
-        64  # above it the methods, one code for all, would run without compilation
-    )
-    images = made_up(args, device)
+    torch._dynamo.config.cache_size_limit = 64  # above it methods, one code for all, run uncompiled
+    shape = args.images, 3, args.img_size, args.img_size
+    images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
     steps = {name: stepper(name, args, device, images) for name in args.methods}
-    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(
-        device.type, lambda: None
-    )
-    flops, times = {}, {name: [] for name in steps}
+    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
+    synchronize = waits.get(device.type, lambda: None)
+    flops, times = {}, {}
     for name, step in steps.items():
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        with torch.compiler.set_stance("force_eager"), counter:
             step()
         flops[name] = counter.get_total_flops()
+        times[name] = []
         for _ in range(args.warmup):
             step()
     for _ in tqdm(range(args.rounds), "rounds", disable=None):
@@ -225,254 +176,174 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 steps[name]()
             synchronize()
             times[name].append((time.perf_counter() - start) / args.steps)
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in gpu), None)
+    gpu = runs.provenance(device)["device"]
+    peak = max([PEAK_TFLOPS[name] for name in PEAK_TFLOPS if name in gpu], default=None)
     rows = []
     for name, seconds in times.items():
         row = {"method": name, "seconds": statistics.median(seconds)}
         row["images_per_s"] = args.batch_size / row["seconds"]
         for other in OTHERS:
             if other in times and name.startswith("eval") == other.startswith("eval"):
-                ratios = [a / b for a, b in zip(seconds, times[other], strict=True)]
-                inner = (
-                    statistics.quantiles(ratios, n=4, method="inclusive")
-                    if len(ratios) > 1
-                    else ratios * 3
-                )
-                row[f"over {other}"] = inner
-        row |= {"memory_mb": args.peaks.get(name), "gflops": flops[name] / 1e9, "mfu": None}
-        own = settings(name, args)[1]
-        if (
-            peak and resolve_amp(own.amp, device) != "off" and not own.grad_checkpoint
-        ):  # recomputing is no use
+                row[f"over {other}"] = ratios(seconds, times[other])
+        row["memory_mb"] = args.peaks.get(name)
+        row["gflops"] = flops[name] / 1e9
+        row["mfu"] = None
+        _, own = with_options(name, args)
+        if peak and runs.resolve_amp(own.amp, device) != "off" and not own.grad_checkpoint:
             row["mfu"] = flops[name] / row["seconds"] / (peak * 1e12)
         rows.append(row)
     return rows
 
 
+def ratios(seconds: list, others: list) -> list:
+    """Quartiles of the ratios within a round."""
+    each = [a / b for a, b in zip(seconds, others, strict=True)]
+    if len(each) == 1:
+        return each * 3
+    return statistics.quantiles(each, n=4, method="inclusive")
+
+
 def memory(method: str, args: argparse.Namespace) -> int | None:
-    """Peak MiB of a process that makes three steps of one method and nothing else; None, saying why, if it fails."""
-    given = json.dumps(vars(args) | {"method": method})
-    done = subprocess.run(
-        [sys.executable, __file__, "--memory-of", given], capture_output=True, text=True
-    )
-    if done.returncode == 0:
-        return json.loads(done.stdout)
-    print(f"{method}: no memory measured: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
-    return None
+    """Peak MiB of a process that makes three steps of one method; None, saying why, if it fails."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(peak_of, method, args).result()
+        except Exception as error:  # whatever stops a process, a lack of memory for example
+            print(f"{method}: no memory measured: {type(error).__name__}: {error}")
+            return None
 
 
-def memory_of(text: str) -> None:
-    """What `memory` starts: prints the peak as JSON."""
+def peak_of(method: str, args):
     for name in PEERS:  # in every process, else theirs would be larger by their libraries
         if importlib.util.find_spec(name):
             importlib.import_module(name)
-    args = argparse.Namespace(**json.loads(text))
-    device = pick_device(args.device)
-    step = stepper(args.method, args, device, made_up(args, device))
+    device = runs.pick_device(args.device)
+    shape = args.images, 3, args.img_size, args.img_size
+    images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
+    step = stepper(method, args, device, images)
     for _ in range(3):
         step()
-    print(json.dumps(peak_memory_mb(device)))
+    return runs.peak_memory_mb(device)
 
 
 def show(rows: list[dict]) -> None:
     """The table of one measurement."""
-    others = [other for other in OTHERS if any(f"over {other}" in row for row in rows)]
-    head = [
-        "method",
-        "ms/step",
-        "images/s",
-        *(f"over {other}" for other in others),
-        "memory MiB",
-        "GFLOP",
-        "MFU %",
-    ]
-    lines = [head]
+    present = set().union(*rows)
+    others = [other for other in OTHERS if f"over {other}" in present]
+    head = ["method", "ms/step", "images/s", *(f"over {other}" for other in others)]
+    lines = [[*head, "memory MiB", "GFLOP", "MFU %"]]
     for row in rows:
         line = [row["method"], f"{1e3 * row['seconds']:.1f}", f"{row['images_per_s']:.1f}"]
         for other in others:
-            quartiles = row.get(f"over {other}")
-            line.append("{1:.3f} ({0:.3f}-{2:.3f})".format(*quartiles) if quartiles else "-")
+            if f"over {other}" in row:
+                low, median, high = row[f"over {other}"]
+                line.append(f"{median:.3f} ({low:.3f}-{high:.3f})")
+            else:
+                line.append("-")
         mfu = f"{100 * row['mfu']:.1f}" if row["mfu"] else "-"
         lines.append([*line, str(row["memory_mb"] or "-"), f"{row['gflops']:.0f}", mfu])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(as_markdown(lines))
 
 
-def plot(sweeps: list[tuple[str, list[tuple]]], path: str) -> None:
-    """A column of plots for each sweep: time of a step (over the floor's, if that was measured) and peak memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        2, len(sweeps), figsize=(3.2 * len(sweeps), 5.5), squeeze=False, layout="constrained"
-    )
-    for (name, results), (upper, lower) in zip(sweeps, axes.T, strict=True):
-        results = [
-            (value, [row for row in rows if not row["method"].startswith("eval ")])
-            for value, rows in results
-        ]
-        floor = all("over floor" in row for _, rows in results for row in rows)
-        labels = [value.replace(",", "\n").replace("_", "\n") for value, _ in results]
-        for method in dict.fromkeys(row["method"] for _, rows in results for row in rows):
-            line = [next(row for row in rows if row["method"] == method) for _, rows in results]
-            upper.plot(
-                labels,
-                [row["over floor"][1] if floor else row["seconds"] for row in line],
-                "o-",
-                label=method,
-            )
-            lower.plot(labels, [row["memory_mb"] or 0 for row in line], "o-")
-        upper.set(ylabel="time over floor" if floor else "seconds a step")
-        upper.sharey(axes[0, 0])
-        lower.set(xlabel=f"--{name}", ylabel="peak memory, MiB", ylim=(0, None))
-        for axis in (upper, lower):
-            axis.tick_params(labelsize=8)
-            axis.grid(alpha=0.3)
-    axes[0, 0].legend()
-    figure.savefig(path, dpi=80)
-
-
-def main() -> None:
-    if sys.argv[1:2] == ["--memory-of"]:
-        return memory_of(sys.argv[2])
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def bench_parser() -> runs.Parser:
+    parser = runs.Parser(description=__doc__)
     flag = parser.add_argument
-    choices = [*METHODS, *(f"eval {name}" for name in EVALUATIONS)]
-    flag(
-        "--model", default="vit_tiny_patch16_224", help="timm name (default: vit_tiny_patch16_224)"
-    )
+    flag("--model", default="vit_tiny_patch16_224", help="timm name (default: the ViT-Ti/16)")
     flag("--img-size", type=COUNT, help="side in pixels (default: the model's own)")
     flag("--batch-size", type=COUNT, default=16, help="default: 16, what two CPU cores bear")
-    flag(
-        "--targets",
-        nargs="+",
-        default=["attn.qkv"],
-        metavar="PATH",
-        help="adapted layers (default: attn.qkv)",
-    )
+    flag("--targets", nargs="+", default=["attn.qkv"], metavar="PATH", help="adapted layers")
     flag("--rank", type=COUNT, default=8, help="default: 8")
     flag("--mask-prob", type=FRACTION, default=0.5, help="default: 0.5")
     flag("--amp", choices=AMP, default="auto", help="as in train.py (default: auto)")
     flag("--compile", action="store_true", help="torch.compile every method")
-    flag("--grad-checkpoint", action="store_true", help="recompute each block in the backward pass")
-    flag("--accumulate", type=COUNT, default=1, help="split a batch into parts (default: 1)")
-    flag(
-        "--images",
-        type=COUNT,
-        default=1000,
-        help="training images held in memory (default: 1000, as VTAB-1k)",
-    )
-    flag(
-        "--methods",
-        nargs="+",
-        metavar="METHOD",
-        help=f"of {', '.join(choices)}; with +{', +'.join(OPTIONS)} if wanted",
-    )
-    flag(
-        "--rounds",
-        type=COUNT,
-        default=20,
-        help="rounds in which every method takes its turn (default: 20)",
-    )
+    flag("--grad-checkpoint", action="store_true", help="recompute blocks in the backward pass")
+    flag("--accumulate", type=COUNT, default=1, help="split a batch into N parts (default: 1)")
+    flag("--images", type=COUNT, default=1000, help="images held in memory (default: 1000)")
+    flag("--methods", nargs="+", metavar="METHOD", help=f"with +{', +'.join(OPTIONS)} if wanted")
+    flag("--rounds", type=COUNT, default=20, help="every method's turns (default: 20)")
     flag("--steps", type=COUNT, help="steps a turn (default: 1, on CUDA 10)")
     flag("--warmup", type=WHOLE, default=2, help="steps before the rounds (default: 2)")
-    flag(
-        "--no-memory",
-        action="store_true",
-        help="leave out the memory, which takes a process a method",
-    )
-    flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
-    flag(
-        "--sweep",
-        nargs="+",
-        action="append",
-        metavar=("FLAG", "VALUE"),
-        help="of a flag, as in: rank 1 8 64",
-    )
+    flag("--no-memory", action="store_true", help="leave out the memory, a process a method")
+    flag("--device", choices=DEVICES, default="auto", help="default: auto")
+    flag("--sweep", nargs="+", action="append", metavar=("FLAG", "VALUE"), help="as in: rank 1 8")
     flag("--plot", help="draw the sweeps, of which there may be several, into this file")
-    args = parser.parse_args()
-    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
-    for method in args.methods or ():
+    return parser
+
+
+def check_methods(methods: list[str]) -> None:
+    """Raise RunError for a method or option that is not there, or not installed."""
+    for method in methods:
         name, *options = method.split("+")
-        if name not in choices or not set(options) <= set(OPTIONS):
-            parser.error(
-                f"--methods {method!r}: there are {', '.join(choices)}, each with +{', +'.join(OPTIONS)}"
-            )
-        if name in missing:
-            parser.error(f"--methods {name}: pip install {name}")
+        if name not in KNOWN or not set(options) <= set(OPTIONS):
+            extra = f"each with +{', +'.join(OPTIONS)}"
+            raise RunError(f"--methods {method!r}: there are {', '.join(KNOWN)}, {extra}")
+        if name in PEERS and importlib.util.find_spec(name) is None:
+            raise RunError(f"--methods {name}: pip install {name}")
         if name.startswith("eval ") and {"accumulate4", "grad-checkpoint"} & set(options):
-            parser.error(f"--methods {method!r}: scoring has no backward pass")
-    if missing and not args.methods:
-        print(f"not installed, so left out: {', '.join(missing)}")
-    args.methods = args.methods or [name for name in choices if name not in missing]
-    if args.plot:
-        if not args.sweep:
-            parser.error("--plot draws a --sweep: name a flag and its values")
-        if importlib.util.find_spec("matplotlib") is None:
-            parser.error("--plot: pip install matplotlib")
-        if (
-            Path(args.plot).suffix not in (".png", ".pdf", ".svg")
-            or not Path(args.plot).absolute().parent.is_dir()
-        ):
-            parser.error(
-                f"--plot {args.plot}: expected a .png, .pdf or .svg file in a folder that exists"
-            )
-    sweeps = []  # (flag, [(value, its arguments; once measured, its rows)])
-    try:
-        device = pick_device(args.device)
-        for name, *values in args.sweep or [["rounds", str(args.rounds)]]:
-            name = name.lstrip("-").replace("_", "-")
-            if not values or name in ("methods", "device", "sweep", "plot"):
-                parser.error(
-                    f"--sweep {name}: expected a flag of this script that changes a step, and its values"
-                )
-            points = [
-                parser.parse_args([*sys.argv[1:], f"--{name}", *value.split(",")])
-                for value in values
-            ]
-            sweeps.append((name, list(zip(values, points, strict=True))))
-        for (
-            _,
-            points,
-        ) in sweeps:  # memory first: a child's peak is never below what its parent's was
-            for _, point in points:
-                point.methods, point.img_size = (
-                    args.methods,
-                    point.img_size or models.input_size(point.model),
-                )
-                point.steps = point.steps or (10 if device.type == "cuda" else 1)
-                point.peaks = {} if args.no_memory else {m: memory(m, point) for m in args.methods}
-        for name, points in sweeps:
-            for i, (value, point) in enumerate(points):
-                if args.sweep:
-                    print(f"\n--{name} {value}", flush=True)
-                points[i] = value, measure(point, device)
-                show(points[i][1])
-    except (data.DataError, models.ModelError, ValueError, torch.OutOfMemoryError) as error:
-        parser.error(str(error).splitlines()[0])
-    machine = {
-        "device": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{device}, {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "amp": resolve_amp(args.amp, device),
-        "versions": {
-            name: version(name)
-            for name in ("torch", "timm", *PEERS)
-            if importlib.util.find_spec(name)
-        },
-    }
-    print(json.dumps({"arguments": vars(args), "machine": machine, "sweeps": sweeps}))
-    if args.plot:
-        plot(sweeps, args.plot)
+            raise RunError(f"--methods {method!r}: scoring has no backward pass")
+
+
+def sweep_points(args: argparse.Namespace, given: list[str]) -> list[tuple]:
+    """[(flag, [(value, arguments), ...]), ...] of the sweeps asked for; one point if none was."""
+    sweeps = []
+    for name, *values in args.sweep or [["rounds", str(args.rounds)]]:
+        name = name.lstrip("-").replace("_", "-")
+        if not values or name in ("methods", "device", "sweep", "plot"):
+            raise RunError(f"--sweep {name}: expected a flag of a step, and its values")
+        points = []
+        for value in values:
+            point = bench_parser().parse_args([*given, f"--{name}", *value.split(",")])
+            point.methods = args.methods
+            points.append((value, point))
+        sweeps.append((name, points))
+    return sweeps
+
+
+def run(sweeps: list[tuple], device: torch.device) -> None:
+    """Measure every point, in place, and print its table."""
+    for _, points in sweeps:  # memory first: a child's peak is never below what its parent's was
+        for _, point in points:
+            point.img_size = point.img_size or input_size(point.model)
+            point.steps = point.steps or (10 if device.type == "cuda" else 1)
+            point.peaks = {}
+            if point.no_memory:
+                continue
+            for method in point.methods:
+                point.peaks[method] = memory(method, point)
+    for name, points in sweeps:
+        for i, (value, point) in enumerate(points):
+            if len(points) > 1:
+                print(f"\n--{name} {value}", flush=True)
+            points[i] = value, measure(point, device)
+            show(points[i][1])
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = sys.argv[1:] if argv is None else argv
+    parser = bench_parser()
+    args = parser.parse_args(given)
+    with runs.one_line(parser):
+        check_methods(args.methods or [])
+        if args.plot and not args.sweep:
+            raise RunError("--plot draws a --sweep: name a flag and its values")
+        absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
+        if absent and not args.methods:
+            print(f"not installed, so left out: {', '.join(absent)}")
+        args.methods = args.methods or [name for name in DEFAULT if name not in absent]
+        device = runs.pick_device(args.device)
+        sweeps = sweep_points(args, given)
+        if args.plot:
+            draw_sweeps([], Path(args.plot))  # raises now, not after hours, if it cannot
+        try:
+            run(sweeps, device)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            raise RunError(str(error).splitlines()[0]) from error
+        machine = runs.provenance(device) | {"threads": torch.get_num_threads()}
+        peers = {name: version(name) for name in PEERS if name not in absent}
+        machine |= {"amp": runs.resolve_amp(args.amp, device), "peers": peers}
+        print(json.dumps({"arguments": vars(args), "machine": machine, "sweeps": sweeps}))
+        if args.plot:
+            draw_sweeps(sweeps, Path(args.plot))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from torchvision import datasets
 
 import originals
 from images import NORMALIZE, Images, normalizer  # noqa: F401
-from originals import Split
 from sources import NUMBER, Found, Original, join, read_embedded, read_fgvc, read_vtab
 from splits import CONSTANTS, CUTS, DataError, Missing, tfds_order  # noqa: F401
 
@@ -41,7 +40,8 @@ class Task:
     """A row of the table. `sizes`: images of train, val and test; `origin`: where the original
     images are from; `verified`: what outside lists agree with our split; `read(task, root, roles,
     source, download)`: its reader; `augment` ("none" or "crop"): how it is trained on; `recipe`:
-    train.py's name for that; `original`: its original data set, where we can read that."""
+    train.py's flags if left out; `original`: its original data set, where we can read that;
+    `sources`: the sources that it can be read from."""
 
     name: str
     benchmark: str
@@ -53,8 +53,9 @@ class Task:
     verified: str
     read: Callable[..., Found]
     augment: str
-    recipe: str
+    recipe: dict
     original: Original | None
+    sources: tuple[str, ...] = ("auto",)
 
 
 def _edges(edges: list[float], value: float) -> int:
@@ -63,7 +64,7 @@ def _edges(edges: list[float], value: float) -> int:
 
 
 def clevr_count(objects: list[dict]) -> int:
-    """The class 0..7 of the number of objects, 3 to 10."""
+    """The class 0..7 of the number of objects."""
     return len(objects) - 3
 
 
@@ -83,32 +84,39 @@ def kitti_distance(label_file: str) -> int:
     return _edges([-100, 8, 20, 999], nearest)
 
 
-def _vtab(group, name, classes, aliases, reader, place, get, *fetch, needs="") -> Task:
+# What a task's flags are if left out. vtab-1k and fgvc: the field's common recipe (AdapterPlus) on
+# the MLAE paper's backbone. The demo's learning rate was chosen on val200.
+COMMON = {"model": "vit_base_patch16_224.orig_in21k", "epochs": 100, "lr": 1e-3, "drop_path": 0.1}
+DEMO = {"model": "vit_nano", "epochs": 20, "lr": 8e-3, "drop_path": 0.0}
+PRETRAINING = {"model": "vit_nano", "epochs": 12, "lr": 1e-3, "drop_path": 0.1}
+
+
+def _vtab(group, name, classes, aliases, reader, place, get, *fetch, needs="", note="") -> Task:
     """A row of VTAB-1k; names in `aliases`, `place` and `needs` have spaces between."""
-    original = Original(reader, tuple(place.split()), get, fetch, tuple(needs.split()))
+    original = Original(reader, tuple(place.split()), get, fetch, tuple(needs.split()), note)
     sizes, verified = CUTS[name].sizes(), CONSTANTS["evidence"][name]
     names = tuple(aliases.split())
     row = name, "vtab-1k", group, classes, sizes, get, names, verified, read_vtab
-    return Task(*row, "none", "vtab-1k", original)
+    return Task(*row, "none", COMMON, original, ("original", "prepared"))
 
 
 def _fgvc(group, name, classes, sizes, origin, aliases="", original=None) -> Task:
     verified = "originals" if original else "counts only"
     row = name, "fgvc", group, classes, sizes, origin, tuple(aliases.split()), verified, read_fgvc
-    return Task(*row, "crop", "fgvc", original)
+    return Task(*row, "crop", COMMON, original)
 
 
-def _demo(name, benchmark, origin, aliases, original) -> Task:
+def _demo(name, benchmark, recipe, origin, aliases, original) -> Task:
     row = name, benchmark, "demo", 10, CUTS[name].sizes(), origin, aliases, "", read_embedded
-    return Task(*row, "none", benchmark, original)
+    return Task(*row, "none", recipe, original)
 
 
-def digits(root: Path, split: str) -> Split:
+def digits(root: Path, split: str) -> originals.Content:
     with np.load(Path(__file__).resolve().parent / "demo" / "digits.npz") as file:
         return originals.in_memory(file["images"], file["labels"])
 
 
-def fashion_mnist(root: Path, split: str) -> Split:
+def fashion_mnist(root: Path, split: str) -> originals.Content:
     content = datasets.FashionMNIST(root, train=split == "train")
     return originals.in_memory(content.data.numpy(), content.targets)
 
@@ -131,7 +139,7 @@ TABLE = [
     _vtab("natural", "caltech101", 102, "caltech caltech_101",
           partial(_folders, name="caltech101", place="caltech101/101_ObjectCategories"),
           "caltech101/101_ObjectCategories",
-          "https://data.caltech.edu/records/mzrjq-6wc02 (137 MB, 101_ObjectCategories.tar.gz in it)",
+          "https://data.caltech.edu/records/mzrjq-6wc02 (137 MB: 101_ObjectCategories.tar.gz)",
           datasets.Caltech101),
     _vtab("natural", "dtd", 47, "describable_textures", originals.dtd, "dtd/dtd",
           "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz (625 MB)",
@@ -142,13 +150,13 @@ TABLE = [
           "oxford-iiit-pet/images oxford-iiit-pet/annotations",
           "https://www.robots.ox.ac.uk/~vgg/data/pets/ (811 MB: images.tar.gz, annotations.tar.gz)",
           datasets.OxfordIIITPet),
-    _vtab("natural", "svhn", 10, "svhn_cropped", originals.svhn,
-          "train_32x32.mat test_32x32.mat",
+    _vtab("natural", "svhn", 10, "svhn_cropped", originals.svhn, "train_32x32.mat test_32x32.mat",
           "http://ufldl.stanford.edu/housenumbers/ (246 MB: train_32x32.mat, test_32x32.mat)",
           partial(datasets.SVHN, split="train"), partial(datasets.SVHN, split="test"),
           needs="scipy"),
     _vtab("natural", "sun397", 397, "sun sun_397", originals.sun397, "SUN397",
-          "https://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz (37 GB)"),
+          "https://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz (37 GB)",
+          note="at full size, which TFDS shrinks to 120,000 pixels"),
     _vtab("specialized", "patch_camelyon", 2, "camelyon pcam", originals.pcam,
           f"{_PCAM}train_x.h5 {_PCAM}train_y.h5 {_PCAM}valid_x.h5 {_PCAM}valid_y.h5 "
           f"{_PCAM}test_x.h5 {_PCAM}test_y.h5",
@@ -195,9 +203,9 @@ TABLE = [
                    ("scipy",))),
     _fgvc("dogs", "stanford_dogs", 120, (10800, 1200, 8580), "Stanford Dogs", "dogs"),
     _fgvc("cars", "stanford_cars", 196, (7329, 815, 8041), "Stanford Cars", "cars"),
-    _demo("digits", "demo", "embedded UCI handwritten digits", (),
+    _demo("digits", "demo", DEMO, "embedded UCI handwritten digits", (),
           Original(digits, (), "this repository")),
-    _demo("fashion_mnist", "pretraining", "Fashion-MNIST", ("fashion",),
+    _demo("fashion_mnist", "pretraining", PRETRAINING, "Fashion-MNIST", ("fashion",),
           Original(fashion_mnist, ("FashionMNIST/raw/train-images-idx3-ubyte",),
                    "https://github.com/zalandoresearch/fashion-mnist (30 MB: four files, unpacked)",
                    (datasets.FashionMNIST,))),
@@ -206,8 +214,16 @@ TABLE = [
 TASKS: dict[str, Task] = {task.name: task for task in TABLE}
 
 
+def tasks_of(benchmark: str | None) -> list[Task]:
+    """The tasks of a benchmark, in the table's order."""
+    return [task for task in TASKS.values() if task.benchmark == benchmark]
+
+
 def find_task(name: str) -> Task:
-    """The table's row for a task name or alias; DataError with the nearest name if there is none."""
+    """The table's row for a task name or alias.
+
+    Raises DataError for another name, with the nearest one, and for a suite's, with what to do.
+    """
     names = {}
     for task in TASKS.values():
         for alias in (task.name, *task.aliases):
@@ -215,6 +231,10 @@ def find_task(name: str) -> Task:
     key = name.lower().replace("-", "_")
     if key in names:
         return names[key]
+    suite = {"vtab_1k": "vtab", "vtab1k": "vtab"}.get(key, key)
+    if suite in SUITES:
+        count = len(tasks_of(SUITES[suite]))
+        raise DataError(f"{name} is a suite of {count} tasks: python suite.py --dataset {suite}")
     near = difflib.get_close_matches(key, [*names, *SUITES], n=1, cutoff=0.5)
     hint = f"there are {', '.join([*SUITES, *TASKS])}"
     if near:
@@ -237,28 +257,27 @@ def load(
     Images are img_size x img_size RGB. `source` is for VTAB-1k: "original" (downloaded if need be
     and `download`), "prepared", or "auto", the originals unless they cannot be had. Raises
     DataError, naming the file and the remedy, for an unknown task, data that are not there, and
-    data that are damaged or have wrong counts, keys or labels. A test list shorter than the official
-    one is read, and a prepared list with other labels; they are not `official`.
+    data that are damaged or have wrong counts or keys. A prepared list that is too short or has
+    other labels is read, but not `official`.
     """
     task, root = find_task(name), Path(root)
     if split not in ("trainval", "train") or source not in SOURCES:
-        raise ValueError(
-            f"split is trainval or train and source one of {SOURCES}, not {split!r}, {source!r}"
-        )
+        raise ValueError(f"split must not be {split!r}, or source not {source!r}")
     selections = {"train": ["train"], "val": ["val"]}
     if split == "trainval":
         selections = {"train": ["train", "val"], "test": ["test"]}
     found = task.read(task, root, sum(selections.values(), []), source, download)
     official, counts, paths = found.agrees, [], []
-    for name, roles in selections.items():
+    for use, roles in selections.items():
         count = sum(len(found.labels[role]) for role in roles)
         size = sum(task.sizes[NUMBER[role]] for role in roles)
         official = official and count == size
-        counts.append(f"{count} of {size} {name} (subset)" if count < size else f"{count} {name}")
+        counts.append(f"{count} of {size} {use} (subset)" if count < size else f"{count} {use}")
         for role in roles:
             paths += [image for image in found.images[role] if isinstance(image, Path)]
+    proof = f" ({'; '.join(found.notes)})" if found.notes else ""
     formats = f", {'+'.join(sorted(found.formats))} images" if found.formats else ""
-    notes = [f"{found.title}{formats}, {' / '.join(counts)}", *found.notes]
+    notes = [f"{found.title}{proof}{formats}, {' / '.join(counts)}"]
     repeated = len(paths) - len(set(paths))
     if repeated:
         notes.append(f"{repeated} images are repeated")
@@ -274,7 +293,7 @@ def load(
         both[-1].source = found.source
         both[-1].official = official and not repeated and not is_declared
         both[-1].digests = found.digests
-        both[-1].about = "; ".join(notes)
+        both[-1].description = "; ".join(notes)
     if task.benchmark in SUITES.values():
         cache = f"{task.name}-{found.source}-{split}-{img_size}.safetensors"
         both[0].cache = root / "cache" / cache
@@ -285,46 +304,41 @@ def report(task: Task, root: Path) -> bool:
     """Print a task's row, what of it is in <root>, and its proof; False if something is damaged."""
     train, val, test = task.sizes
     print(f"{task.name:21}{task.classes:4}{train:7}{val:6}{test:7}  {task.verified}")
-    sources = ["original", "prepared"] if task.benchmark == "vtab-1k" else ["auto"]
-    is_there, is_whole = False, True
-    for source in sources:
+    missing, is_whole = [], True
+    for source in task.sources:
         try:
             _, images = load(task.name, root, source=source, download=False)
-        except Missing:
+        except Missing as error:
+            missing.append(error)
             continue
         except DataError as error:
             print(f"    DAMAGED: {error}")
-            is_there, is_whole = True, False
+            is_whole = False
             continue
-        is_there = True
-        print(f"    {'official' if images.official else 'NOT OFFICIAL'}: {images.about}")
+        print(f"    {'official' if images.official else 'NOT OFFICIAL'}: {images.description}")
         for name, digest in images.digests.items():
             print(f"        {name:16} sha256 {digest}")
-    if not is_there:
-        print(f"    not there: {task.origin}")
+    if len(missing) == len(task.sources):
+        print(f"    not there: {missing[0]}")
     return is_whole
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; 0, 1 if something is damaged, 2 for wrong arguments."""
+    """Print the table; 0, 1 if something is damaged, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(
-        description="The table of tasks: classes, training, validation and test images, what agrees "
-        "with our official split, and what is there, proven. Nothing is downloaded or trained."
+        description="The table of tasks: classes, training, validation and test images, what "
+        "agrees with our official split, and what is there, proven. Downloads and trains nothing."
     )
-    parser.add_argument(
-        "--data-dir", default="data", help="the folder of all data sets (default: data)"
-    )
-    parser.add_argument(
-        "--dataset", nargs="+", default=list(SUITES), help="tasks, vtab or fgvc (default: both)"
-    )
+    flag = parser.add_argument
+    flag("--data-dir", default="data", help="the folder of all data sets (default: data)")
+    flag("--dataset", nargs="+", default=list(SUITES), help="tasks, vtab, fgvc (default: both)")
     args = parser.parse_args(arguments)
     try:
         if not Path(args.data_dir).is_dir():
             raise DataError(f"--data-dir: there is no folder {args.data_dir}")
         tasks = []
         for name in args.dataset:
-            members = [task for task in TASKS.values() if task.benchmark == SUITES.get(name)]
-            tasks += members or [find_task(name)]
+            tasks += tasks_of(SUITES.get(name)) or [find_task(name)]
     except DataError as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         return 2

@@ -50,7 +50,7 @@ def open_image(item: Item) -> Image.Image:
 
 
 def image_format(item: Item, where: str) -> str:
-    """The file format of an image, by its header; DataError, naming the list's line, without one."""
+    """The file format of an image, by its header; DataError, naming `where`, without one."""
     try:
         with open_image(item) as image:
             return image.format
@@ -75,7 +75,7 @@ def find(root: Path, pattern: str, depth: int = 4) -> Path | None:
 
 
 def lines(listing: Path) -> list[tuple[str, str]]:
-    """("<file>, line <n>", line) of each line of a list that is not blank; DataError without one."""
+    """("<file>, line <n>", line) of each line that is not blank; DataError without a file."""
     try:
         text = listing.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -105,8 +105,8 @@ class Images(Dataset):
     Attributes: `items` (N), `labels` (N,) int64, `augment` ("none": the whole image at S x S;
     "crop": the centre crop, and random ones in `epoch`), `source` ("original", "prepared", "lists",
     "embedded"), `official` (whether this is the benchmark's own split, whole, as far as it can be
-    proven), `digests` (sha256 of the keys, or labels, of each slice), `about` (all this for people,
-    no more), `cache` (a file or None).
+    proven), `digests` (sha256 of the keys, or labels, of each slice), `description` (that for
+    people, no more), `cache` (a file or None).
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Images(Dataset):
         source: str = "",
         official: bool = False,
         digests: dict[str, str] | None = None,
-        about: str = "",
+        description: str = "",
         cache: Path | None = None,
     ) -> None:
         self.items = self.files = items  # `items` become arrays in memory, `files` stay
@@ -129,7 +129,7 @@ class Images(Dataset):
         self.source = source
         self.official = official
         self.digests = digests or {}
-        self.about = about
+        self.description = description
         self.cache = cache
         # the resized image's short side before the crop: 256 for 224
         self.short = round(img_size / 0.875) if augment == "crop" else None

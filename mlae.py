@@ -1,41 +1,51 @@
-"""MLAE, Masked LoRA Experts (Wang et al. 2024, arXiv 2405.18897): the whole method in one file you can copy.
+"""MLAE, Masked LoRA Experts (Wang et al. 2024, arXiv 2405.18897), in one file you can copy.
 
-A linear layer W (out, in) with bias b is frozen and given r rank-1 *experts* (the cellular decomposition of a LoRA).
-Expert i is a row a_i of `lora_A` (r, in), a column b_i of `lora_B` (out, r) and a learned coefficient lambda_i:
+A linear layer W (out, in) with bias b is frozen and given r rank-1 *experts* (the cellular
+decomposition of a LoRA). Expert i is a row a_i of `lora_A` (r, in), a column b_i of
+`lora_B` (out, r) and a learned coefficient lambda_i:
 
     y = x W^T + b + sum_i m_i lambda_i (x . a_i) b_i
 
-The mask m is what makes it MLAE. At every training step each layer keeps each expert with probability 1 - p and
-scales the kept ones by 1 / (1 - p), so that the mean over masks is the layer without a mask. All images and tokens
-of a batch share one mask. In eval mode every expert acts. A second, fixed mask (`expert_mask`) can switch experts off
-for good. The paper's claim: experts that cannot lean on each other learn different things (`expert_similarity`).
+The mask m is what makes it MLAE. At every training step each layer keeps each expert with
+probability 1 - p and scales the kept ones by 1 / (1 - p), so that the mean over masks is the layer
+without a mask. All images and tokens of a batch share one mask. In eval mode every expert acts.
+A second, fixed mask (`expert_mask`) can switch experts off for good. The paper's claim: experts
+that cannot lean on each other learn different things (`expert_similarity`).
 
-B starts at zero, so training starts at the pre-trained model, exactly; at the first step only B has a gradient.
-With p = 0 and a constant lambda = alpha / r the r experts are one LoRA of rank r (Hu et al. 2021).
+B starts at zero, so training starts at the pre-trained model, exactly; at the first step only B
+has a gradient. With p = 0 and a constant lambda = alpha / r the r experts are one LoRA of rank r
+(Hu et al. 2021).
 
 To use it elsewhere, copy this file and swap the layers you want to adapt:
 
-    before   block.attn.qkv = nn.Linear(768, 2304)
-    after    model.requires_grad_(False), model.head.requires_grad_(True)
-             block.attn.qkv = MLAELinear.from_linear(block.attn.qkv, rank=8, mask_prob=0.5)  # shares W and b
-             ...                                                     # model.train() masks, model.eval() does not
-             block.attn.qkv = block.attn.qkv.to_linear()             # in the end: merged into a plain nn.Linear
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    for block in model.blocks:  # W and b are shared, not copied
+        block.attn.qkv = MLAELinear.from_linear(block.attn.qkv, rank=8, mask_prob=0.5)
+    ...  # train: model.train() masks, model.eval() does not
+    for block in model.blocks:  # in the end: merge into plain nn.Linear layers
+        block.attn.qkv = block.attn.qkv.to_linear()
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PATTERNS = ("random", "incremental", "decremental", "hourglass", "protruding")
+PATTERNS = {  # how masking is spread over the layers, by their position from 0 to 1
+    "random": lambda pos: torch.ones_like(pos),
+    "incremental": lambda pos: 1 - pos,  # more active experts with depth
+    "decremental": lambda pos: pos,
+    "hourglass": lambda pos: 1 - (2 * pos - 1).abs(),  # dense at both ends
+    "protruding": lambda pos: (2 * pos - 1).abs(),
+}
 
 
 def _fold(weight: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
-    """W' = W + B diag(c) A (out, in), in float32 or wider whatever autocast says, so that it is rounded only once."""
+    """W' = W + B diag(c) A (out, in), in float32 or wider even under autocast: rounded once."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):
         return torch.addmm(weight.to(wide), B.to(wide) * c.to(wide), A.to(wide))
@@ -44,9 +54,12 @@ def _fold(weight: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
 class _FoldedLinear(torch.autograd.Function):
     """y = x W'^T + b: one matrix product each way, as in the frozen layer.
 
-    Autograd through W' would form the (out, in) gradient that low-rank adapters exist to avoid. For g = dL/dy (N, out):
+    Autograd through W' would form the (out, in) gradient that low-rank adapters exist to avoid.
+    For g = dL/dy (N, out):
 
-        dx = g W'    P = (g B)^T x    dA = diag(c) P    dB = g^T (x A^T) diag(c)    dc = sum_in A * P
+        dx = g W'                         P  = (g B)^T x
+        dA = diag(c) P                    dc = sum_in A * P
+        dB = g^T (x A^T) diag(c)
     """
 
     @staticmethod
@@ -62,35 +75,36 @@ class _FoldedLinear(torch.autograd.Function):
         x, folded, A, B, c = ctx.saved_tensors
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         dx = g @ folded if need_x else None  # (..., in)
-        g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (N, out), (N, in)
+        g = g.reshape(-1, g.shape[-1])  # (N, out)
+        x = x.reshape(-1, x.shape[-1])  # (N, in)
         P = (g @ B.to(g.dtype)).T @ x  # (r, in)
-        dA, dc = P * c[:, None], (P * A).sum(1)  # (r, in), (r,)
-        dB = (
-            (x @ A.to(x.dtype).T).T @ g
-        ).T * c  # (out, r); as g.T @ h it takes more than twice the time on a CPU
-        dweight = (
-            g.T @ x if need_weight else None
-        )  # (out, in), only for a caller who thawed the layer
+        dA = P * c[:, None]  # (r, in)
+        dc = (P * A).sum(1)  # (r,)
+        h = x @ A.to(x.dtype).T  # (N, r)
+        dB = (h.T @ g).T * c  # (out, r); written as g.T @ h it takes twice the time on a CPU
+        # only for a caller who thawed the layer
+        dweight = g.T @ x if need_weight else None  # (out, in)
         dbias = g.sum(0) if need_bias else None  # (out,)
         return dx, dweight, dbias, dA, dB, dc, None
 
 
 class MLAELinear(nn.Linear):
-    """A frozen linear layer with `rank` masked rank-1 experts (arXiv 2405.18897; the equation is above).
+    """A frozen linear layer with `rank` masked rank-1 experts (the equation is above).
 
-    (..., in_features) -> (..., out_features). `weight` and `bias` are frozen; `lora_A` (rank, in), `lora_B` (out, rank)
-    and `lora_lambda` (rank,) train.
+    (..., in_features) -> (..., out_features). `weight` and `bias` are frozen; `lora_A` (rank, in),
+    `lora_B` (out, rank) and `lora_lambda` (rank,) train.
 
     Args:
         rank: number of experts r.
-        mask_prob: probability p in [0, 1) that an expert is masked at a training step; 0 switches masking off.
+        mask_prob: probability p in [0, 1) that an expert is masked at a training step.
         coef_init: the start of every lambda that is not masked for good.
-        expert_mask: fixed mask (rank,) of 0 and 1, in force in every mode; None keeps all. Masked experts start, and so
-            stay, at zero: neither gradient nor weight decay moves them.
-        rows: the output rows that the experts act on, None for all; `lora_B` is then (len(rows), rank). For q, k or v
-            alone in a fused qkv layer.
+        expert_mask: fixed mask (rank,) of 0 and 1, a tensor or a list, in force in every mode;
+            None keeps all. Masked experts start, and so stay, at zero: neither gradient nor weight
+            decay moves them.
+        rows: the output rows that the experts act on, None for all; `lora_B` is then
+            (len(rows), rank). For q, k or v alone in a fused qkv layer.
 
-    Raises ValueError for a rank below 1, a mask_prob outside [0, 1), a mask of the wrong shape or values, bad rows.
+    Raises ValueError for a rank below 1, a mask_prob outside [0, 1), a bad mask or bad rows.
     """
 
     def __init__(
@@ -102,24 +116,21 @@ class MLAELinear(nn.Linear):
         rank: int = 8,
         mask_prob: float = 0.5,
         coef_init: float = 1.0,
-        expert_mask: Tensor | Sequence[float] | None = None,
-        rows: Tensor | Sequence[int] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        expert_mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        device=None,
+        dtype=None,
         _frozen: nn.Linear | None = None,
     ) -> None:
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank must be an integer of at least 1, not {rank!r}")
-        super().__init__(
-            in_features,
-            out_features,
-            bias,
-            device=device if _frozen is None else "meta",
-            dtype=dtype,
-        )
+        if _frozen is not None:
+            device = "meta"  # no memory for a weight that is replaced at once
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         if _frozen is not None:
             self.weight, self.bias = _frozen.weight, _frozen.bias
-        self.rank, self.mask_prob = rank, mask_prob
+        self.rank = rank
+        self.mask_prob = mask_prob
         like = {"device": self.weight.device, "dtype": dtype or self.weight.dtype}
 
         mask = [1.0] * rank if expert_mask is None else expert_mask
@@ -129,20 +140,16 @@ class MLAELinear(nn.Linear):
         self.register_buffer("expert_mask", mask.to(**like))
         if rows is not None:
             rows = torch.as_tensor(rows, dtype=torch.long, device="cpu")
-            if (
-                not 0 < len(rows) == len(rows.unique())
-                or not 0 <= rows.min() <= rows.max() < out_features
-            ):
+            unique = len(rows.unique())
+            if not 0 < len(rows) == unique or rows.min() < 0 or rows.max() >= out_features:
                 raise ValueError(f"rows must be different row numbers from 0 to {out_features - 1}")
             rows = rows.to(self.weight.device)
         self.register_buffer("rows", rows)
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
 
+        self.requires_grad_(False)  # all that is there so far
+        adapted = out_features if rows is None else len(rows)
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, **like))
-        self.lora_B = nn.Parameter(
-            torch.zeros(out_features if rows is None else len(rows), rank, **like)
-        )
+        self.lora_B = nn.Parameter(torch.zeros(adapted, rank, **like))
         self.lora_lambda = nn.Parameter(torch.full((rank,), float(coef_init), **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         with torch.no_grad():
@@ -151,26 +158,21 @@ class MLAELinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **kwargs) -> MLAELinear:
-        """Adapt `linear`: its weight and bias are shared, not copied, and frozen. kwargs as for the class.
+        """Adapt `linear`: its weight and bias are shared, not copied, and frozen.
 
-        The experts of a float16 or bfloat16 layer are float32 unless `dtype` says otherwise: AdamW's steps are too
-        small for half precision. ValueError if the layer has experts already.
+        kwargs as for the class. The experts of a float16 or bfloat16 layer are float32 unless
+        `dtype` says otherwise: AdamW's steps are too small for half precision.
+        Raises ValueError if the layer has experts already.
         """
         if isinstance(linear, MLAELinear):
             raise ValueError("the layer has experts already; merge them first with to_linear()")
         kwargs.setdefault("dtype", torch.promote_types(linear.weight.dtype, torch.float32))
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            _frozen=linear,
-            **kwargs,
-        )
-        return layer.train(linear.training)
+        sizes = linear.in_features, linear.out_features, linear.bias is not None
+        return cls(*sizes, _frozen=linear, **kwargs).train(linear.training)
 
     @property
     def mask_prob(self) -> float:
-        """Masking probability p in [0, 1); `set_mask_prob` changes it in a whole model. ValueError outside."""
+        """Masking probability p; ValueError if it is set outside [0, 1). See `set_mask_prob`."""
         return self._mask_prob
 
     @mask_prob.setter
@@ -180,7 +182,7 @@ class MLAELinear(nn.Linear):
         self._mask_prob = float(p)
 
     def coefficients(self) -> Tensor:
-        """c_i = m_i lambda_i (rank,): a fresh random mask at every call in training mode, none in eval mode."""
+        """c_i = m_i lambda_i (rank,): a new random mask at every call in training mode."""
         mask = self.expert_mask
         if self.training:
             keep = torch.rand(self.rank, device=mask.device) >= self._mask_prob
@@ -190,45 +192,36 @@ class MLAELinear(nn.Linear):
     def _full_B(self) -> Tensor:
         if self.rows is None:
             return self.lora_B
-        return self.lora_B.new_zeros(self.out_features, self.rank).index_copy(
-            0, self.rows, self.lora_B
-        )  # (out, rank)
+        zeros = self.lora_B.new_zeros(self.out_features, self.rank)
+        return zeros.index_copy(0, self.rows, self.lora_B)  # (out, rank)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype, device = self.weight.dtype, x.device.type
-        if (
-            not x.is_meta
-            and torch.is_autocast_enabled(device)
-            and torch.float64 not in (dtype, x.dtype)
-        ):
+        autocast = not x.is_meta and torch.is_autocast_enabled(device)
+        if autocast and torch.float64 not in (dtype, x.dtype):
             dtype = torch.get_autocast_dtype(device)
         elif x.dtype != dtype:
             raise RuntimeError(f"input is {x.dtype} but the layer's weight is {dtype}")
-        return _FoldedLinear.apply(
-            x, self.weight, self.bias, self.lora_A, self._full_B(), self.coefficients(), dtype
-        )
+        A, B, c = self.lora_A, self._full_B(), self.coefficients()
+        return _FoldedLinear.apply(x, self.weight, self.bias, A, B, c, dtype)
+
+    def _fold_onto(self, weight: Tensor) -> Tensor:
+        c = self.lora_lambda * self.expert_mask
+        return _fold(weight, self.lora_A, self._full_B(), c)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """B diag(lambda) A (out, in) as eval mode adds it to `weight`, in float32 or wider."""
-        return _fold(
-            torch.zeros_like(self.weight),
-            self.lora_A,
-            self._full_B(),
-            self.lora_lambda * self.expert_mask,
-        )
+        return self._fold_onto(torch.zeros_like(self.weight))
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """A plain nn.Linear that computes what this layer computes in eval mode; this layer is left as it is."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta"
-        )
-        merged = _fold(
-            self.weight, self.lora_A, self._full_B(), self.lora_lambda * self.expert_mask
-        )
-        linear.weight = nn.Parameter(merged.to(self.weight.dtype).contiguous())
-        if self.bias is not None:
+        """A plain nn.Linear that computes what this layer, left as it is, computes in eval mode."""
+        has_bias = self.bias is not None
+        linear = nn.Linear(self.in_features, self.out_features, has_bias, device="meta")
+        merged = self._fold_onto(self.weight).to(self.weight.dtype)
+        linear.weight = nn.Parameter(merged.contiguous())
+        if has_bias:
             linear.bias = nn.Parameter(self.bias.clone())
         return linear.train(self.training)
 
@@ -236,10 +229,11 @@ class MLAELinear(nn.Linear):
         return f"{super().extra_repr()}, rank={self.rank}, mask_prob={self.mask_prob:g}"
 
 
-def set_mask_prob(model: nn.Module, p: float | Sequence[float] | Tensor) -> None:
-    """Set p of every MLAELinear in `model`, or one p per layer in `model.modules()` order, as `mask_rates` gives them.
+def set_mask_prob(model: nn.Module, p: float | Tensor) -> None:
+    """Set p of every MLAELinear: one number, or one per layer in `model.modules()` order.
 
     Made for schedules: a compiled model compiles once more at the first change and never again.
+    Raises ValueError for a p outside [0, 1) or a wrong number of them; nothing is then changed.
     """
     layers = [m for m in model.modules() if isinstance(m, MLAELinear)]
     rates = torch.as_tensor(p, dtype=torch.float64, device="cpu").tolist()
@@ -255,33 +249,27 @@ def set_mask_prob(model: nn.Module, p: float | Sequence[float] | Tensor) -> None
 def mask_rates(pattern: str, num_layers: int, mask_prob: float) -> Tensor:
     """Masking probability of each layer (num_layers,), float64, with mean `mask_prob`.
 
-    The paper names the patterns, their exact shapes are not published; these are ours. With pos = l / (L - 1):
+    The paper names the patterns; their exact shapes are not published, these are ours: the rate
+    of layer l of L is p times the shape in PATTERNS at l / (L - 1), over the shape's mean.
 
-        random p    incremental 2p (1 - pos)    decremental 2p pos    hourglass 2p (1 - |2 pos - 1|)
-        protruding 2p |2 pos - 1|
-
-    so that incremental has more active experts with depth and hourglass is dense at both ends. A rate above 0.99 is cut
-    there, so that every expert can act, and the other layers are scaled until the mean is p again.
-    Raises ValueError for an unknown pattern, a bad p, or a p that the pattern cannot reach.
+    A rate above 0.99 is cut there, so that every expert can act, and the other layers are scaled
+    until the mean is p again. Raises ValueError for an unknown pattern, a bad p, or a p that the
+    pattern cannot reach.
     """
     if pattern not in PATTERNS:
         raise ValueError(f"mask pattern must be one of {', '.join(PATTERNS)}, not {pattern!r}")
     if not 0 <= mask_prob < 1:
         raise ValueError(f"mask_prob must be in [0, 1), not {mask_prob}")
-    flat = torch.full((num_layers,), float(mask_prob), dtype=torch.float64, device="cpu")
-    if pattern == "random" or num_layers == 1 or mask_prob == 0:
-        return flat
-    pos = torch.linspace(0, 1, num_layers, dtype=torch.float64, device="cpu")
-    edge = (2 * pos - 1).abs()
-    shape = {"incremental": 1 - pos, "decremental": pos, "hourglass": 1 - edge, "protruding": edge}[
-        pattern
-    ]
-    highest, cut = 0.99, flat < 0
-    if mask_prob * num_layers > highest * (shape > 0).sum():
-        reach = highest * (shape > 0).double().mean()
+    shape = PATTERNS[pattern](torch.linspace(0, 1, num_layers, dtype=torch.float64, device="cpu"))
+    if num_layers == 1 or mask_prob == 0 or (shape == shape[0]).all():
+        return torch.full_like(shape, mask_prob)
+    highest = 0.99
+    reach = highest * (shape > 0).double().mean()
+    if mask_prob > reach:
         raise ValueError(
-            f"{pattern} over {num_layers} layers reaches a mean of {reach:.2f} at most, not {mask_prob}"
+            f"{pattern} over {num_layers} layers reaches a mean of {reach:.2f}, not {mask_prob}"
         )
+    cut = torch.zeros_like(shape, dtype=torch.bool)  # layers that are at the highest rate
     while True:
         budget = mask_prob * num_layers - highest * int(cut.sum())
         rates = torch.where(cut, highest, shape * budget / shape[~cut].sum().clamp_min(1e-12))
@@ -297,25 +285,26 @@ def fixed_masks(
     mask_prob: float,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Fixed masks M (num_layers, rank) of 0. and 1.: row l keeps about rank * (1 - mask_rates[l]) random experts.
+    """Fixed masks M (num_layers, rank) of 0. and 1.
 
-    Every layer keeps at least one, and every pattern keeps as many in total as `random` does, which is
-    round(rank * (1 - mask_prob)) a layer: patterns are compared at an equal budget. Raises as `mask_rates` does.
+    Row l keeps about rank * (1 - mask_rates[l]) random experts, at least one. Every pattern keeps
+    as many in total as `random` does, which is round(rank * (1 - mask_prob)) a layer: patterns are
+    compared at an equal budget. Raises as `mask_rates` does.
     """
     if rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, not {rank!r}")
     want = rank * (1 - mask_rates(pattern, num_layers, mask_prob))
     keep = want.round().clamp(1, rank)
     total = num_layers * max(1, round(rank * (1 - mask_prob)))
-    while (
-        gap := total - int(keep.sum())
-    ) != 0:  # rounding drifted: move the layer that is furthest off its wish
-        step = 1 if gap > 0 else -1
-        room = keep < rank if gap > 0 else keep > 1
-        keep[torch.where(room, (keep - want) * step, torch.inf).argmin()] += step
-    order = torch.rand(num_layers, rank, generator=generator, device="cpu").argsort(
-        dim=1
-    )  # random permutations
+    while int(keep.sum()) != total:  # rounding drifted: move the layer furthest off its wish
+        if keep.sum() < total:
+            distance = torch.where(keep < rank, keep - want, torch.inf)
+            keep[distance.argmin()] += 1
+        else:
+            distance = torch.where(keep > 1, want - keep, torch.inf)
+            keep[distance.argmin()] -= 1
+    noise = torch.rand(num_layers, rank, generator=generator, device="cpu")
+    order = noise.argsort(dim=1)  # a random permutation in each row
     return (order < keep[:, None]).float()
 
 
@@ -323,9 +312,9 @@ def fixed_masks(
 def expert_similarity(layer: MLAELinear) -> Tensor:
     """Frobenius cosine of the experts' rank-1 matrices (rank, rank): cos(a_i, a_j) * cos(b_i, b_j).
 
-    A zero expert (all of them before the first step, masked ones always) has similarity 0, to itself as well.
-    The sign and size of lambda do not matter to |cosine|.
+    A zero expert (all of them before the first step, masked ones always) has similarity 0, to
+    itself as well. The sign and size of lambda do not matter to |cosine|.
     """
     a = F.normalize(layer.lora_A.float(), dim=1)  # (rank, in)
     b = F.normalize(layer.lora_B.float(), dim=0)  # (out, rank)
-    return (a @ a.T) * (b.T @ b)
+    return (a @ a.T) * (b.T @ b)  # (rank, rank)

@@ -30,7 +30,7 @@ from splits import DataError
 
 
 @dataclass(frozen=True)
-class Split:
+class Content:
     """A split of an original: `keys` (N), `labels` (N,), and images(rows), those rows' images as a
     list of paths or of encoded images (bytes), or as an array (len(rows), H, W) or
     (len(rows), H, W, 3) of uint8."""
@@ -42,22 +42,22 @@ class Split:
 
 def in_files(
     folder: Path, keys: list[str], labels: Iterable[int], names: list[str] | None = None
-) -> Split:
+) -> Content:
     """Images in files below a folder, which have the names of the keys, or others."""
     names = names or keys
 
     def images(rows: list[int]) -> list[Path]:
         return [folder / names[row] for row in rows]
 
-    return Split(keys, np.asarray(labels), images)
+    return Content(keys, np.asarray(labels), images)
 
 
-def in_memory(images: np.ndarray, labels: Iterable[int]) -> Split:
+def in_memory(images: np.ndarray, labels: Iterable[int]) -> Content:
     """Images in an array, whose keys are their numbers."""
-    return Split(range(len(images)), np.asarray(labels), lambda rows: images[rows])
+    return Content(range(len(images)), np.asarray(labels), lambda rows: images[rows])
 
 
-def cifar(root: Path, split: str) -> Split:
+def cifar(root: Path, split: str) -> Content:
     listed = datasets.CIFAR100.train_list if split == "train" else datasets.CIFAR100.test_list
     [[name, md5]] = listed
     path = root / "cifar-100-python" / name
@@ -70,13 +70,13 @@ def cifar(root: Path, split: str) -> Split:
     return in_memory(images, content["fine_labels"])
 
 
-def svhn(root: Path, split: str) -> Split:
+def svhn(root: Path, split: str) -> Content:
     content = datasets.SVHN(root, split)
     images = content.data.transpose(0, 2, 3, 1)  # (N, 32, 32, 3)
     return in_memory(images, content.labels)
 
 
-def dtd(root: Path, split: str) -> Split:
+def dtd(root: Path, split: str) -> Content:
     folder = root / "dtd" / "dtd"
     name = {"train": "train1", "validation": "val1", "test": "test1"}[split]
     classes = sorted(path.name for path in (folder / "images").iterdir() if path.is_dir())
@@ -90,7 +90,7 @@ def dtd(root: Path, split: str) -> Split:
     return in_files(folder / "images", keys, labels)
 
 
-def flowers(root: Path, split: str) -> Split:
+def flowers(root: Path, split: str) -> Content:
     from scipy.io import loadmat
 
     folder = root / "flowers-102"
@@ -106,7 +106,7 @@ def flowers(root: Path, split: str) -> Split:
     return in_files(folder / "jpg", keys, labels[numbers - 1])
 
 
-def pets(root: Path, split: str) -> Split:
+def pets(root: Path, split: str) -> Content:
     folder = root / "oxford-iiit-pet"
     name = {"train": "trainval", "test": "test"}[split]
     keys, labels = [], []
@@ -119,7 +119,7 @@ def pets(root: Path, split: str) -> Split:
     return in_files(folder / "images", keys, labels)
 
 
-def class_folders(root: Path, split: str, name: str, place: str) -> Split:
+def class_folders(root: Path, split: str, name: str, place: str) -> Content:
     folder = find(root, place)
     files = {}
     for path in folder.iterdir():
@@ -130,7 +130,7 @@ def class_folders(root: Path, split: str, name: str, place: str) -> Split:
     return in_files(folder, list(names), labels, ["/".join(name) for name in names.values()])
 
 
-def sun397(root: Path, split: str) -> Split:
+def sun397(root: Path, split: str) -> Content:
     folder = find(root, "SUN397")
     found = []
     for path in folder.rglob("sun_*.jpg"):
@@ -139,7 +139,7 @@ def sun397(root: Path, split: str) -> Split:
     return in_files(folder, keys, labels, [key[1:] for key in keys])
 
 
-def pcam(root: Path, split: str) -> Split:
+def pcam(root: Path, split: str) -> Content:
     import h5py
 
     name = {"train": "train", "validation": "valid", "test": "test"}[split]
@@ -152,10 +152,10 @@ def pcam(root: Path, split: str) -> Split:
         with h5py.File(root / "pcam" / f"{stem}_x.h5") as file:
             return file["x"][ascending][back]
 
-    return Split([f"{name}_{i}" for i in range(len(labels))], labels, images)
+    return Content([f"{name}_{i}" for i in range(len(labels))], labels, images)
 
 
-def dsprites(root: Path, split: str, label: Callable) -> Split:
+def dsprites(root: Path, split: str, label: Callable) -> Content:
     with np.load(find(root, "dsprites_ndarray_*64x64.npz")) as file:
         images = file["imgs"]  # (N, 64, 64) of 0 and 1
         labels = label(file["latents_classes"])  # of (N, 6)
@@ -163,7 +163,7 @@ def dsprites(root: Path, split: str, label: Callable) -> Split:
     return dataclasses.replace(in_file, images=lambda rows: images[rows] * np.uint8(255))
 
 
-def smallnorb(root: Path, split: str, label: Callable) -> Split:
+def smallnorb(root: Path, split: str, label: Callable) -> Content:
     name = {"train": "training", "test": "testing"}[split]
     images = _matrix(find(root, f"smallnorb-*-{name}-dat.mat*"))  # (N, 2 cameras, 96, 96)
     infos = _matrix(find(root, f"smallnorb-*-{name}-info.mat*"))
@@ -185,7 +185,7 @@ def _matrix(path: Path) -> np.ndarray:
     return values.reshape(shape)
 
 
-def clevr(root: Path, split: str, label: Callable) -> Split:
+def clevr(root: Path, split: str, label: Callable) -> Content:
     folder = find(root, "CLEVR_v1.0")
     name = {"train": "train", "validation": "val"}[split]
     listing = folder / "scenes" / f"CLEVR_{name}_scenes.json"
@@ -197,7 +197,7 @@ def clevr(root: Path, split: str, label: Callable) -> Split:
     return in_files(folder / "images" / name, keys, [labels[key] for key in keys])
 
 
-def kitti(root: Path, split: str, label: Callable) -> Split:
+def kitti(root: Path, split: str, label: Callable) -> Content:
     folder = find(root, "training/label_2")
     devkit = find(root, "mapping/train_rand.txt").parent
     numbers = (devkit / "train_rand.txt").read_text().split(",")
@@ -213,7 +213,7 @@ def kitti(root: Path, split: str, label: Callable) -> Split:
     return in_files(folder.parent / "image_2", keys, labels)
 
 
-def retinopathy(root: Path, split: str) -> Split:
+def retinopathy(root: Path, split: str) -> Content:
     folder = find(root, "trainLabels.csv").parent
     usage = {"train": None, "validation": "Public", "test": "Private"}[split]
     listing = "retinopathy_solution.csv" if usage else "trainLabels.csv"
@@ -231,16 +231,16 @@ def retinopathy(root: Path, split: str) -> Split:
                 width, height = image.size
             if width != 540 or height > 540:
                 raise DataError(
-                    f"{path} is {width} x {height}, not preprocessed as in TFDS's btgraham-300: scale "
-                    "all eyes to a radius of 300 pixels, take the local mean off, crop to 90 % "
+                    f"{path} is {width} x {height}, not preprocessed as in TFDS's btgraham-300: "
+                    "scale all eyes to a radius of 300, take the local mean off, crop to 90 % "
                     "(so 540 wide), save as JPEG of quality 72; or use --source prepared"
                 )
         return paths
 
-    return Split(keys, np.array(labels), images)
+    return Content(keys, np.array(labels), images)
 
 
-def dmlab(root: Path, split: str) -> Split:
+def dmlab(root: Path, split: str) -> Content:
     records = []
     folder = find(root, f"dmlab-{split}.tfrecord*").parent
     for path in sorted(folder.glob(f"dmlab-{split}.tfrecord*")):
@@ -255,11 +255,11 @@ def dmlab(root: Path, split: str) -> Split:
         check_crc([records[row] for row in rows], folder)
         return [bytes(examples[row]["image"]) for row in rows]
 
-    return Split(keys, np.array(labels), images)
+    return Content(keys, np.array(labels), images)
 
 
 def tf_records(path: Path) -> list[memoryview]:
-    """The records of a TFRecord file, each with the crc behind it; those of the lengths are right."""
+    """The records of a TFRecord file, each with its crc behind it; checks those of the lengths."""
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     view = memoryview(mapped)
@@ -309,7 +309,7 @@ def crc32c(blocks: list[memoryview]) -> np.ndarray:
     return ~crc
 
 
-def tf_example(record: memoryview) -> dict[str, int | memoryview]:
+def tf_example(record: memoryview) -> dict:
     """{feature: its first value} of a serialised tf.train.Example, bytes or integer."""
     example = {}
     features = dict(_fields(record))[1]
@@ -323,7 +323,7 @@ def tf_example(record: memoryview) -> dict[str, int | memoryview]:
     return example
 
 
-def _fields(message: memoryview) -> list[tuple[int, int | memoryview]]:
+def _fields(message: memoryview) -> list[tuple]:
     """(number, value) of the fields of a protocol buffer: integers, and what has a length."""
     found = []
     place = 0
@@ -338,7 +338,7 @@ def _fields(message: memoryview) -> list[tuple[int, int | memoryview]]:
     return found
 
 
-def _varint(message: memoryview, place: int) -> tuple[int, int]:
+def _varint(message: memoryview, place: int) -> tuple:
     """An integer of seven bits a byte, the lowest first, and the place behind it."""
     value, shift = 0, 0
     while True:

@@ -1,7 +1,7 @@
 """Where a task's images come from: originals, cut and proven; a prepared folder; FGVC's lists.
 
-A reader gets the task, the root folder, the roles wanted ("train", "val", "test"), the source wished
-("auto", "original", "prepared") and whether it may download. It opens only what these roles need.
+A reader gets the task, the root folder, the roles wanted ("train", "val", "test"), the source asked
+for ("auto", "original", "prepared") and whether it may download. It opens what these roles need.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,31 +19,32 @@ import numpy as np
 
 import splits
 from images import find, image_format, inside, lines
-from originals import Split
+from originals import Content
 from splits import CUTS, DataError, Missing
 
 ARCHIVE = "1yZKwiKdsBzTfBgnStRveYMokc7GMMd5p"  # all 19 tasks, on Google Drive
-PACKED = {".gz", ".tgz", ".zip", ".tar"}
 NUMBER = {"train": 0, "val": 1, "test": 2}  # of a role in a task's sizes
 
 
 @dataclass(frozen=True)
 class Original:
     """Where original images are: `read(root, split)`, one of originals.py; `place`: what must be in
-    <root>; `get`: where from; `fetch`: torchvision's classes, which download; `needs`: packages."""
+    <root>; `get`: where from; `fetch`: torchvision's classes, which download; `needs`: packages;
+    `note`: what a result should say of them."""
 
-    read: Callable[[Path, str], Split]
+    read: Callable[[Path, str], Content]
     place: tuple[str, ...]
     get: str
     fetch: tuple[Callable, ...] = ()
     needs: tuple[str, ...] = ()
+    note: str = ""
 
 
 @dataclass
 class Found:
     """What a reader found, by role: `images` (paths, encoded images or an array) and `labels`; the
-    names of its file `formats`; `digests`, sha256 of the keys or labels of a slice in order; whether
-    all that can be compared `agrees` with the official split; `title` and `notes` for people."""
+    names of its file `formats`; `digests`, sha256 of a slice's keys or labels in order; whether all
+    that can be compared `agrees` with the official split; `title` and `notes` for people."""
 
     source: str
     title: str
@@ -57,6 +59,7 @@ class Found:
 def read_originals(task, root: Path, roles: Iterable[str], source: str, download: bool) -> Found:
     """The originals, cut by splits.py; DataError if the slices are not the official ones."""
     found, contents = Found("original", "originals"), {}
+    found.notes += [task.original.note] if task.original.note else []
     cut = CUTS[task.name]
     for role in roles:
         split = getattr(cut, role).split
@@ -68,11 +71,18 @@ def read_originals(task, root: Path, roles: Iterable[str], source: str, download
         labels = content.labels[rows]
         if cut.ordered:
             found.digests[splits.ROLES[role]] = splits.prove_keys(task.name, role, keys)
+        if not 0 <= labels.min() <= labels.max() < task.classes:
+            raise DataError(f"{task.name}: the originals have labels outside 0..{task.classes - 1}")
         proof = splits.prove_labels(task.name, role, labels)
-        if proof.agrees is False or not 0 <= labels.min() <= labels.max() < task.classes:
+        if proof.agrees is False or not splits.prove_histogram(task.name, role, labels):
+            which = (
+                f"that of {keys[proof.line - 1]} first"
+                if proof.line
+                else "by their count in each class"
+            )
             raise DataError(
-                f"{task.name}: the labels of {splits.ROLES[role]} are not the official ones "
-                f"(number {proof.line}): get the originals again ({task.original.get})"
+                f"{task.name}: labels of {splits.ROLES[role]} are not the official ones, {which}: "
+                f"get the originals again ({task.original.get})"
             )
         found.labels[role] = labels
         found.images[role] = content.images(rows)
@@ -85,7 +95,7 @@ def read_originals(task, root: Path, roles: Iterable[str], source: str, download
     return found
 
 
-def whole_split(task, root: Path, split: str, download: bool = True) -> Split:
+def whole_split(task, root: Path, split: str, download: bool = True) -> Content:
     """One split of a task's originals, whole; downloaded first if need be and possible.
 
     Raises Missing where the originals cannot be had, DataError where they are damaged.
@@ -137,41 +147,26 @@ def get(name: str, original: Original, root: Path, download: bool) -> None:
 
 
 def _fetch(name: str, original: Original, root: Path) -> None:
-    """Download into a folder of its own and move what is complete: what lies in <root> has been
-    unpacked to the end."""
-    staging, top = root / f".{name}.partial", root / original.place[0].split("/")[0]
+    """Download into a new folder and move what is complete: what lies in <root> is whole."""
+    top = root / original.place[0].split("/")[0]
     if top.is_dir():
-        raise DataError(
-            f"{name}: {top} is not complete: remove it, or complete it by hand from {original.get}"
-        )
-    _sweep(staging)
+        remedy = f"remove it, or complete it by hand from {original.get}"
+        raise DataError(f"{name}: {top} is not complete: {remedy}")
     new = not root.exists()
     print(f"{name}: downloading {original.get} into {root}", flush=True)
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without a byte
     try:
-        staging.mkdir(parents=True, exist_ok=True)
-        for dataset in original.fetch:
-            dataset(staging, download=True)  # checks the archive's published md5
-        for path in staging.iterdir():
-            os.replace(path, root / path.name)
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as folder:
+            for dataset in original.fetch:
+                dataset(Path(folder), download=True)  # checks the archive's published md5
+            for path in Path(folder).iterdir():
+                os.replace(path, root / path.name)
     finally:
         socket.setdefaulttimeout(patience)
-        _sweep(staging)
         if new and root.is_dir() and not any(root.iterdir()):
             root.rmdir()
-
-
-def _sweep(staging: Path) -> None:
-    """Remove a download's half-unpacked folders; its archives stay, and torchvision takes up those
-    that are whole."""
-    for path in sorted(staging.rglob("*"), reverse=True):
-        if not path.is_dir() and path.suffix not in PACKED:
-            path.unlink()
-        elif path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-    if staging.is_dir() and not any(staging.iterdir()):
-        staging.rmdir()
 
 
 def read_embedded(task, root: Path, roles: Iterable[str], source: str, download: bool) -> Found:
@@ -197,7 +192,9 @@ def read_vtab(task, root: Path, roles: Iterable[str], source: str, download: boo
         try:
             return read_originals(task, root, roles, source, download)
         except Missing as error:
-            if source == "original" or not folder.is_dir():
+            if source == "original":
+                raise
+            if not folder.is_dir():
                 raise Missing(f"{error}; or {archive}") from None
             print(f"{error}; reading the prepared folder {folder} instead")
     if not folder.is_dir():
@@ -241,15 +238,14 @@ def read_prepared(task, folder: Path, roles: Iterable[str]) -> Found:
                 found.notes.append(f"labels of {slice_name} differ from the official split{line}")
                 found.agrees = False
             first = stop
-    if agreements == {True}:
-        found.notes.append("official order confirmed")
-    elif found.agrees:
-        found.notes.append("official order not proven")
+    if found.agrees:
+        is_proven = agreements == {True}
+        found.notes.append("official order confirmed" if is_proven else "order not proven")
     return found
 
 
 def _same_labels(folder: Path) -> bool:
-    """Whether the list of 1000 has the labels of the two lists that it joins, where all are there."""
+    """Whether the list of 1000 has the labels of the two that it joins, where all are there."""
     labels = {}
     for name in ("train800", "val200", "train800val200"):
         listing = folder / f"{name}.txt"
@@ -278,7 +274,7 @@ def _prepared_list(task, listing: Path, formats: set[str]) -> tuple[list[Path], 
 
 
 def read_fgvc(task, root: Path, roles: Sequence[str], source: str, download: bool) -> Found:
-    """VPT's layout: train.json, val.json, test.json; class ids of all three, sorted, become 0..C-1."""
+    """VPT's layout: train.json, val.json, test.json; ids of all three, sorted, become 0..C-1."""
     folder = None
     for path in sorted((root / "fgvc").glob("*/")):
         if path.name.lower().replace("-", "_") in (task.name, *task.aliases):

@@ -1,58 +1,66 @@
-"""Train MLAE (or LoRA, a linear probe, full fine-tuning) on a task, score it once, and print one line of JSON.
+"""Train one method on one task, score it once, and print one line of JSON.
 
-    python train.py                                            # the embedded demo: digits, no network, no GPU
-    python train.py --dataset dtd --mask-prob 0.5              # a VTAB-1k task, ViT-B/16: one GPU
-    python train.py --dataset dtd --val --mask-prob 0.7        # choose settings: train on 800, score val200
-    python train.py --dataset vtab --seeds 0 1 2               # all 19 tasks (fgvc: 5), what is finished is skipped
+    python train.py                                       # the demo: digits, no network, no GPU
+    python train.py --dataset dtd --mask-prob 0.5         # a VTAB-1k task, ViT-B/16: one GPU
+    python train.py --dataset dtd --val --mask-prob 0.7   # choose settings: train 800, score val200
 
-On a CPU take a small model at a small size, for example `--model vit_small_patch14_dinov2 --img-size 98 --epochs 10`.
-Everything a run leaves is in runs/<dataset>/<name>/: config.json, log.csv, adapter.safetensors, metrics.json. The last
-weights are scored, once, at the end; no epoch is chosen. `python eval.py RUN` scores a run again.
+Several tasks, seeds or settings: suite.py takes the same flags. On a CPU take a small model at a
+small size: `--model vit_small_patch14_dinov2 --img-size 98 --epochs 10`.
+
+A run leaves config.json, log.csv, adapter.safetensors and metrics.json in runs/<dataset>/<name>/.
+The last weights are scored, once, at the end; no epoch is chosen. `python eval.py RUN` scores a
+run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
 import json
 import math
 import os
-import platform
-import sys
 import time
-from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from tqdm import tqdm
 
 import data
-import eval as evaluation
-import model as models
-from eval import AMP, COUNT, FRACTION, POSITIVE, WHOLE, Parser, autocast, evaluate, pick_device
-from mlae import PATTERNS, mask_rates, set_mask_prob
-
-# Flags left out take these. vtab-1k and fgvc: the field's common recipe (AdapterPlus) on the MLAE paper's backbone.
-RECIPE = {"model": "vit_base_patch16_224.orig_in21k", "epochs": 100, "lr": 1e-3, "drop_path": 0.1}
-PRESETS = {
-    "vtab-1k": RECIPE,
-    "fgvc": RECIPE,
-    "demo": {"model": "vit_nano", "epochs": 20, "lr": 8e-3, "drop_path": 0.0},
-    "pretraining": {"model": "vit_nano", "epochs": 12, "lr": 1e-3, "drop_path": 0.1},
-}
-LIBRARIES = (torch, torchvision, timm)
-SCHEDULES = {
-    "constant": lambda progress: 1.0,
-    "increase": lambda progress: progress,
-    "decrease": lambda progress: 1.0 - progress,
-}
-
-
-class Diverged(models.ModelError):
-    """Training ended in a loss that is not finite."""
+from backbone import (
+    count_parameters,
+    input_size,
+    parameter_groups,
+    recompute_blocks,
+    train_mode,
+    weights_of,
+)
+from baselines import MASKINGS, METHODS, METHODS_HELP, PATTERNS, SCHEDULES
+from eval import create_model, create_normalizer, evaluate, load_data
+from model import adapter_state, check_gradients, save_adapter
+from runs import (
+    AMP,
+    COUNT,
+    DEVICES,
+    FRACTION,
+    POSITIVE,
+    WHOLE,
+    Diverged,
+    Parser,
+    RunError,
+    autocast,
+    finished,
+    identity,
+    make_folder,
+    one_line,
+    peak_memory_mb,
+    pick_device,
+    provenance,
+    resolve_amp,
+    restore,
+    run_folder,
+    save_state,
+    write_json,
+    write_log,
+)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -62,215 +70,131 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+def train_step(
+    net, optimizer, x, y, *, normalize, scaler, amp, accumulate, label_smoothing, method, progress
+):
+    """One step of the optimizer on images x (B, 3, S, S) uint8 and labels y (B,).
+
+    Each of `accumulate` parts of the batch draws its own masks. `method`, a row of METHODS, brings
+    its hooks; progress is the share of the training that is done after this step.
+    Returns the loss summed over the batch and the number of right answers.
+    """
+    loss_sum = correct = 0
+    optimizer.zero_grad()
+    for images, labels in zip(x.chunk(accumulate), y.chunk(accumulate), strict=True):
+        with autocast(x.device, amp):
+            logits = net(normalize(images))  # (B / accumulate, classes)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        loss_sum += loss.detach() * len(images)
+        correct += (logits.detach().argmax(1) == labels).sum()
+        loss = loss + method.penalty(net)
+        scaler.scale(loss * (len(images) / len(x))).backward()
+    method.before_step(net, progress)
+    scaler.step(optimizer)
+    scaler.update()
+    return loss_sum, correct
+
+
 def run(args: argparse.Namespace) -> dict:
-    """One run, from arguments to files; returns what `metrics.json` holds."""
-    # the run's folder: the same arguments, and the same checkpoint, give the same folder
-    scratch = args.checkpoint == "none"
-    local = args.checkpoint and not scratch
-    settings = vars(args) | {
-        "checkpoint": evaluation.sha256(args.checkpoint) if local else None,
-        "scratch": scratch,
-    }
-    for name in ("device", "workers", "out", "resume", "seeds"):
-        del settings[name]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
-    short = args.model.replace("/", "_").replace(":", "_")
-    folder = Path(
-        args.out, args.dataset, f"{args.method}-{short}-seed{args.seed}{'-val' * args.val}-{digest}"
-    )
-    metrics_file, state_file = folder / "metrics.json", folder / "state.pt"
-    metrics = evaluation.finished(metrics_file) if args.resume else None
-    if metrics and not metrics["benchmark"].startswith("not "):  # a subset may have become whole
-        print(f"finished: {folder} (remove it to run it again)")
-        return metrics
+    """One run, from settled arguments to files; returns what `metrics.json` holds."""
+    # its folder: the same settings and the same checkpoint give the same folder
+    own = identity(args, usual(args))
+    folder = run_folder(args.out, own)
+    before = finished(folder, args) if args.resume else None
+    if before and before["official"]:
+        return before
 
     # seed and device
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    amp = evaluation.resolve_amp(args.amp, device)
+    amp = resolve_amp(args.amp, device)
 
     # data
-    load = {
-        "name": args.dataset,
-        "root": os.path.abspath(args.data_dir),
-        "img_size": args.img_size,
-        "source": args.source,
-    }
-    load["split"] = "train" if args.val else "trainval"
-    train, test = data.load(**load)
-    if train.source in data.SOURCES:
-        load["source"] = train.source  # what eval.py is to read, whatever is there by then
-    if metrics and metrics["data"] == test.about:
-        print(f"finished: {folder} (remove it to run it again)")
-        return metrics
-    test.check(args.workers)
+    train, test = load_data(args)
+    if before and before["digest"] == test.digest():  # a subset may have grown since
+        return before
+    train.prepare(device, args.workers)
 
     # model
-    same = (
-        "method",
-        "img_size",
-        "drop_path",
-        "rank",
-        "mask_prob",
-        "masking",
-        "targets",
-        "coef_init",
-    )
-    create = {name: getattr(args, name) for name in same} | {
-        "name": args.model,
-        "num_classes": data.TASKS[args.dataset].classes,
-        "pretrained": not scratch,
-        "checkpoint": os.path.abspath(args.checkpoint) if local else None,
-        "pattern": args.mask_pattern,
-    }
-    model = models.create(**create).to(device)
-    cfg, counts = model.pretrained_cfg, models.count_parameters(model)
-    mean, std = data.NORMALIZE.get(args.normalize) or (cfg["mean"], cfg["std"])
-    normalize = data.normalizer(mean, std, device)
-    num_layers = len(models.experts(model))
+    method = METHODS[args.method]
+    model = create_model(args).to(device)
     if args.grad_checkpoint:
-        models.recompute_blocks(model)
-    augment = data.TASKS[args.dataset].benchmark == "fgvc"
-    if augment:
-        train.hold(args.workers)
-    else:
-        images, labels = train.tensors(device, args.workers)  # (N, 3, S, S) uint8, (N,)
+        recompute_blocks(model)
+    normalize = create_normalizer(args, model, device)
+    weights = weights_of(model, args.checkpoint, not args.no_pretrained)
+    counts = count_parameters(model)
 
-    # optimizer: no weight decay for vectors (lambda, biases, norms) and for what timm exempts (position embeddings)
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = [{"params": [], "weight_decay": decay} for decay in (args.weight_decay, 0.0)]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[parameter.ndim < 2 or name in exempt]["params"].append(parameter)
-    optimizer = torch.optim.AdamW(
-        groups, lr=args.lr, fused=True
-    )  # one call for all tensors, on every device
-    scaler = torch.amp.GradScaler(
-        device.type, enabled=amp == "fp16"
-    )  # keeps small gradients above fp16's smallest
-    steps_per_epoch = math.ceil(len(train) / args.batch_size)
-    steps, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
+    # optimizer
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)  # one call for all tensors
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    steps_per_epoch = math.ceil(len(train) / args.batch_size)  # no image is dropped
+    steps = args.epochs * steps_per_epoch
+    warmup = round(args.warmup_epochs * steps_per_epoch)
 
     # from here on the run writes
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise models.ModelError(f"--out: cannot make {folder}: {error.strerror}") from error
-    metrics_file.unlink(missing_ok=True)
-    config = {
-        "arguments": vars(args),
-        "load": load,
-        "create": create,
-        "mean": mean,
-        "std": std,
-        "amp": amp,
-        "weights": evaluation.provenance(model, create["checkpoint"], create["pretrained"]),
-        "data": test.about,
-        "device": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "versions": {"python": platform.python_version()}
-        | {m.__name__: m.__version__ for m in LIBRARIES},
-        "git": evaluation.git_hash(),
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-
-    head, trained = counts["head_parameters"], counts["trainable_parameters"]
+    make_folder(folder, keep_state=args.resume)
+    config = {"arguments": vars(args), "identity": own, "source": train.source, "amp": amp}
+    config |= {"weights": weights, "data": test.description, **provenance(device)}
+    write_json(folder / "config.json", config)
+    print(f"{args.method} on {args.dataset}, {weights['tag']}, {device}: {train.description}")
     print(
-        f"{args.method} on {args.dataset}: {train.about}; {config['weights']['tag']}, {args.img_size} px, {device}"
-    )
-    print(
-        f"{trained - head:,} + {head:,} (head) of {counts['total_parameters']:,} parameters train:",
-        end=" ",
-    )
-    print(
-        ", ".join(
-            f"{sum(p.numel() for p in g['params']):,} with decay {g['weight_decay']:g}"
-            for g in groups
-        )
+        "{trainable:,} of {total:,} parameters train, {head:,} of them in the head".format(**counts)
     )
 
     # training
+    digest = train.fingerprint()
+    state = folder / "state.pt"
+    done = restore(state, model, optimizer, scaler, digest)
+    first = step = done["epoch"] * steps_per_epoch
+    train_mode(model)
+    method.before_step(model, step / steps)
+    net = model
     if args.compile:
-        torch.compiler.reset()  # else the models of earlier runs count towards its limit of recompilations
-    net = (
-        torch.compile(model, dynamic=True) if args.compile else model
-    )  # one graph for every p and batch size
-    epoch, rows, seconds, fingerprint = 0, [], 0.0, train.fingerprint()
-    if args.resume and state_file.exists():
-        epoch, rows, seconds = restore(state_file, model, optimizer, scaler, fingerprint) or (
-            0,
-            [],
-            0.0,
-        )
-        print(f"resumed after epoch {epoch} of {folder}")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    bar = tqdm(total=steps, initial=epoch * steps_per_epoch, unit="step", disable=None)
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and args.method != "full":
-            module.eval()  # its running statistics belong to the frozen base
-    for epoch in range(epoch, args.epochs):  # noqa: B020
-        start = time.perf_counter()
-        p = 0.0
-        if args.method == "mlae" and args.masking != "fixed":
-            p = args.mask_prob * SCHEDULES[args.mask_schedule](epoch / max(1, args.epochs - 1))
-            set_mask_prob(model, mask_rates(args.mask_pattern, num_layers, p).tolist())
-        order = torch.randperm(
-            len(train), generator=torch.Generator().manual_seed(args.seed * 10_007 + epoch)
-        )
-        if augment:
-            batches = train.batches(
-                args.batch_size, args.workers, order.tolist(), f"{args.seed} {epoch}"
-            )
-        else:
-            batches = (
-                (images[batch], labels[batch]) for batch in order.to(device).split(args.batch_size)
-            )
-        loss_sum = correct = torch.zeros((), device=device)
-        for i, (x, y) in enumerate(batches):  # (B, 3, S, S) uint8, (B,)
-            lr = learning_rate(epoch * steps_per_epoch + i, steps, warmup, args.lr)
+        torch.compiler.reset()  # else earlier models count towards its limit of recompilations
+        net = torch.compile(model, dynamic=True)  # one graph for every p and batch size
+    bar = tqdm(total=steps, initial=step, unit="step", disable=None)
+    while done["epoch"] < args.epochs:
+        epoch, start = done["epoch"], time.perf_counter()
+        generator = torch.Generator().manual_seed(args.seed * 10_007 + epoch)
+        order = torch.randperm(len(train), generator=generator)
+        loss_sum = correct = 0
+        for x, y in train.epoch(order, args.batch_size, args.workers, f"{args.seed} {epoch}"):
+            lr = learning_rate(step, steps, warmup, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.zero_grad()
-            for part, wanted in zip(
-                x.chunk(args.accumulate), y.to(device).chunk(args.accumulate), strict=True
-            ):
-                with autocast(device, amp):
-                    logits = net(normalize(part))  # (B / accumulate, classes)
-                loss = F.cross_entropy(logits.float(), wanted, label_smoothing=args.label_smoothing)
-                scaler.scale(loss * (len(part) / len(x))).backward()
-                loss_sum = loss_sum + loss.detach() * len(part)
-                correct = correct + (logits.detach().argmax(1) == wanted).sum()
-            if args.grad_checkpoint and any(
-                p.grad is None for group in groups for p in group["params"]
-            ):
-                raise models.ModelError(
-                    f"--grad-checkpoint: timm {timm.__version__} loses gradients; pip install -U timm"
-                )
-            scaler.step(optimizer)
-            scaler.update()
-            if (
-                bar.update()
-            ):  # it shows something new, some ten times a second at most: time to ask the device
-                bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}", refresh=False)
-        mean_loss, train_top1 = loss_sum.item() / len(train), 100 * correct.item() / len(train)
-        if not math.isfinite(mean_loss):
+            step += 1
+            loss, right = train_step(
+                net,
+                optimizer,
+                x.to(device),
+                y.to(device),
+                normalize=normalize,
+                scaler=scaler,
+                amp=amp,
+                accumulate=args.accumulate,
+                label_smoothing=args.label_smoothing,
+                method=method,
+                progress=step / steps,
+            )
+            if step == first + 1:
+                check_gradients(model)
+            loss_sum, correct = loss_sum + loss, correct + right
+            if bar.update():  # it shows something new: time to ask the device
+                bar.set_postfix(loss=f"{loss.item() / len(x):.3f}", lr=f"{lr:.1e}", refresh=False)
+        row = {"epoch": epoch + 1, "lr": lr, **method.log(model)}
+        row["loss"] = loss_sum.item() / len(train)
+        row["train_top1"] = 100 * correct.item() / len(train)
+        row["seconds"] = done["seconds"] + time.perf_counter() - start
+        if not math.isfinite(row["loss"]):
             raise Diverged(
-                f"the loss is {mean_loss} in epoch {epoch + 1}: --lr {args.lr:g} is too high"
+                f"the loss is {row['loss']} in epoch {epoch + 1}: lower --lr {args.lr:g}"
             )
-        seconds += time.perf_counter() - start
-        rows.append(
-            [epoch + 1, lr, p, round(mean_loss, 6), round(train_top1, 2), round(seconds, 2)]
-        )
-        with open(folder / "log.csv", "w", newline="") as file:
-            csv.writer(file).writerows(
-                [["epoch", "lr", "mask_prob", "loss", "train_top1", "seconds"], *rows]
-            )
-        save_state(state_file, model, optimizer, scaler, fingerprint, epoch + 1, rows, seconds)
+        done = {"epoch": epoch + 1, "rows": [*done["rows"], row], "seconds": row["seconds"]}
+        write_log(folder / "log.csv", done["rows"])
+        save_state(state, adapter_state(model), optimizer, scaler, digest, done)
     bar.close()
-    models.save_adapter(model, folder / "adapter.safetensors", config)
+    save_adapter(model, folder / "adapter.safetensors", config)
 
     # the one evaluation, with the last weights
     scores = evaluate(model, test, normalize, amp=amp, workers=args.workers)
@@ -278,309 +202,106 @@ def run(args: argparse.Namespace) -> dict:
     metrics = {
         "dataset": args.dataset,
         "method": args.method,
-        "model": config["weights"]["tag"],
+        "model": weights["tag"],
         "seed": args.seed,
         f"{split}_top1": scores["top1"],
         f"{split}_loss": scores["loss"],
-        "data": test.about,
-        "benchmark": test.benchmark,
-        "trainable_parameters": counts["trainable_parameters"],
-        "head_parameters": counts["head_parameters"],
-        "train_seconds": round(seconds, 1),
-        "peak_memory_mb": evaluation.peak_memory_mb(device),
+        "data": test.description,
+        "official": train.official and test.official,
+        "digest": test.digest(),
+        "trainable_parameters": counts["trainable"],
+        "head_parameters": counts["head"],
+        "train_seconds": round(done["seconds"], 1),
+        "peak_memory_mb": peak_memory_mb(device),
         "run": str(folder),
     }
-    metrics_file.with_suffix(".tmp").write_text(json.dumps(metrics))
-    os.replace(metrics_file.with_suffix(".tmp"), metrics_file)
-    state_file.unlink()
+    write_json(folder / "metrics.json", metrics)
+    state.unlink()
     return metrics
 
 
-def save_state(path: Path, model: torch.nn.Module, optimizer, scaler, data: str, *progress) -> None:
-    """All that `restore` needs to go on as if nothing had happened; written whole or not at all."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    state = {
-        "model": models.adapter_state(model),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "rng": [torch.get_rng_state(), cuda],
-        "data": data,
-        "progress": progress,
-    }
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def restore(path: Path, model: torch.nn.Module, optimizer, scaler, data: str) -> tuple | None:
-    """Load what `save_state` wrote; returns its progress: epochs done, log rows, seconds. None if the data changed."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        weights, moments, scale, (cpu, cuda) = (
-            state[key] for key in ("model", "optimizer", "scaler", "rng")
-        )
-    except Exception as error:  # whatever a damaged file makes torch raise
-        raise models.ModelError(f"cannot read {path}: remove it to start anew") from error
-    if state.get("data") != data:
-        print(f"the training images are not those of {path}: starting anew")
-        return None
-    model.load_state_dict(weights, strict=False)
-    optimizer.load_state_dict(moments)
-    scaler.load_state_dict(scale)
-    torch.set_rng_state(cpu)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
-    return state["progress"]
-
-
-HELP = {
-    "dataset": "a task of data.py's table, or vtab or fgvc, all of theirs (default: digits, the embedded demo)",
-    "source": "of vtab-1k: the prepared folder, the originals, or auto: originals unless they cannot be had",
-    "normalize": "channel mean and std: ImageNet's, as most published results, the model's, none (default: imagenet)",
-    "targets": "ends of layer paths: attn.qkv attn.q attn.k attn.v attn.proj mlp.fc1 mlp.fc2 (default: attn.qkv)",
-    "coef_init": "start of every lambda; for lora its frozen value alpha / rank (default: 1, that is alpha = rank)",
-    "mask_schedule": "p over the epochs: p, from 0 to p, from p to 0 (default: constant, as published)",
-}
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    flag = parser.add_argument
+def add_flags(flag) -> None:
+    """Every flag of a run, by `parser.add_argument` or, in suite.py, by what wraps it."""
     # data
-    flag("--dataset", default="digits", help=HELP["dataset"])
-    flag(
-        "--data-dir",
-        default="data",
-        help="holds originals, vtab-1k/<task>/, fgvc/<set>/ (default: data)",
-    )
-    flag("--source", choices=data.SOURCES, default="auto", help=HELP["source"])
+    flag("--dataset", default="digits", help="a task of data.py (default: digits, the demo)")
+    flag("--data-dir", type=os.path.abspath, default="data", help="where data lie (default: data)")
+    flag("--source", choices=data.SOURCES, default="auto", help="auto: originals if available")
     flag("--img-size", type=COUNT, help="side in pixels (default: the model's own)")
-    flag(
-        "--normalize",
-        choices=[*data.NORMALIZE, "model"],
-        default="imagenet",
-        help=HELP["normalize"],
-    )
+    norms = [*data.NORMALIZE, "model"]
+    flag("--normalize", choices=norms, default="imagenet", help="default: imagenet, as published")
     # model
-    flag(
-        "--model",
-        help="timm name with its tag (default: the paper's ViT-B/16 IN-21k; vit_nano for digits)",
-    )
-    flag(
-        "--checkpoint",
-        help="local .safetensors, .pth or Google .npz; none: random (default: timm's download)",
-    )
-    flag(
-        "--method",
-        choices=models.METHODS,
-        default="mlae",
-        help="what trains beside the head (default: mlae)",
-    )
-    flag("--targets", nargs="+", default=["attn.qkv"], metavar="PATH", help=HELP["targets"])
-    flag(
-        "--rank",
-        type=COUNT,
-        default=8,
-        help="experts a layer (default: 8; 0.30 M parameters on ViT-B)",
-    )
-    flag("--coef-init", type=POSITIVE, default=1.0, help=HELP["coef_init"])
+    flag("--model", help="timm name with its tag (default: the paper's ViT-B/16; digits: vit_nano)")
+    flag("--checkpoint", type=os.path.abspath, help="local .safetensors, .pth or .npz")
+    flag("--no-pretrained", action="store_true", help="start from random weights")
+    # method
+    flag("--method", choices=METHODS, default="mlae", help=METHODS_HELP)
+    flag("--targets", nargs="+", metavar="PATH", help="layers, by name suffix (default: attn.qkv)")
+    flag("--rank", type=COUNT, help="experts per layer (default: 8, 0.30 M parameters on ViT-B)")
+    flag("--coef-init", type=POSITIVE, help="first lambda; of lora alpha / rank (default: 1)")
     # masking
-    flag(
-        "--mask-prob",
-        type=FRACTION,
-        default=0.5,
-        help="masking probability p (default: 0.5, the paper's middle)",
-    )
-    flag(
-        "--masking",
-        choices=models.MASKINGS,
-        default="stochastic",
-        help="default: stochastic, the paper's best",
-    )
-    flag(
-        "--mask-pattern",
-        choices=PATTERNS,
-        default="random",
-        help="p over depth (default: random, p everywhere)",
-    )
-    flag("--mask-schedule", choices=SCHEDULES, default="constant", help=HELP["mask_schedule"])
+    flag("--mask-prob", type=FRACTION, help="masking probability p (default: 0.5, the paper's)")
+    flag("--masking", choices=MASKINGS, help="default: stochastic, the paper's best")
+    flag("--mask-pattern", dest="pattern", choices=PATTERNS, help="p over depth (default: random)")
+    flag("--mask-schedule", dest="schedule", choices=SCHEDULES, help="p over training (constant)")
     # optimization
-    flag(
-        "--epochs",
-        type=COUNT,
-        help="passes over the images (default: 100, the common recipe; digits 20)",
-    )
-    flag(
-        "--batch-size",
-        type=COUNT,
-        default=64,
-        help="default: 64, as published; no image is dropped",
-    )
-    flag(
-        "--lr",
-        type=POSITIVE,
-        help="AdamW's peak (default: 1e-3, the common recipe; digits 8e-3, by val200)",
-    )
-    flag(
-        "--weight-decay",
-        type=FRACTION,
-        default=1e-4,
-        help="of matrices only (default: 1e-4, as published)",
-    )
-    flag(
-        "--warmup-epochs",
-        type=float,
-        help="linear, then cosine to 0 (default: a tenth of the epochs)",
-    )
-    flag(
-        "--drop-path",
-        type=FRACTION,
-        help="stochastic depth (default: 0.1, the common recipe; digits and linear 0)",
-    )
-    flag(
-        "--label-smoothing",
-        type=FRACTION,
-        default=0.0,
-        help="of the cross-entropy (default: 0, none)",
-    )
+    flag("--epochs", type=COUNT, help="passes over the images (default: 100, as common; digits 20)")
+    flag("--batch-size", type=COUNT, default=64, help="default: 64, as published; none is dropped")
+    flag("--lr", type=POSITIVE, help="AdamW's peak (default: 1e-3, as common; digits: 8e-3)")
+    flag("--weight-decay", type=FRACTION, default=1e-4, help="of matrices (default: 1e-4)")
+    flag("--warmup-epochs", type=float, help="linear, then cosine to 0 (default: a tenth of all)")
+    flag("--drop-path", type=FRACTION, help="stochastic depth (default: 0.1; digits, linear: 0)")
+    flag("--label-smoothing", type=FRACTION, default=0.0, help="default: 0, none")
     # run
-    flag(
-        "--seed",
-        type=WHOLE,
-        default=0,
-        help="of head, experts, masks, order, drop-path, crops (default: 0)",
-    )
-    flag(
-        "--seeds",
-        type=WHOLE,
-        nargs="+",
-        metavar="SEED",
-        help="one run each, then mean and standard deviation",
-    )
-    flag(
-        "--val",
-        action="store_true",
-        help="train on 800, score val200, leave the test set alone: to choose settings",
-    )
-    flag(
-        "--amp",
-        choices=AMP,
-        default="auto",
-        help="mixed precision (default: bf16 where CUDA has it)",
-    )
-    flag(
-        "--compile",
-        action="store_true",
-        help="torch.compile (default: off; compiling takes longer than the demo)",
-    )
-    flag(
-        "--grad-checkpoint",
-        action="store_true",
-        help="recompute blocks backwards: less memory, more time",
-    )
-    flag(
-        "--accumulate",
-        type=COUNT,
-        default=1,
-        help="parts of a batch, one mask each (default: 1, as published)",
-    )
-    flag(
-        "--device",
-        choices=["auto", "cpu", "cuda", "mps"],
-        default="auto",
-        help="default: auto, the fastest here",
-    )
-    flag(
-        "--workers",
-        type=WHOLE,
-        default=4,
-        help="processes that decode images (default: 4; 0: none)",
-    )
+    flag("--seed", type=WHOLE, default=0, help="random seed (default: 0)")
+    flag("--val", action="store_true", help="train on 800, score val200: to choose settings")
+    flag("--amp", choices=AMP, default="auto", help="mixed precision (default: bf16 on CUDA)")
+    flag("--compile", action="store_true", help="torch.compile (takes longer than the demo)")
+    flag("--grad-checkpoint", action="store_true", help="recompute blocks: less memory, more time")
+    flag("--accumulate", type=COUNT, default=1, help="split a batch into N parts (default: 1)")
+    flag("--device", choices=DEVICES, default="auto", help="default: auto, the fastest here")
+    flag("--workers", type=WHOLE, default=4, help="image-decoding processes (0: the main process)")
     flag("--out", default="runs", help="where run folders go (default: runs)")
     flag("--resume", action="store_true", help="go on after the last whole epoch of the same run")
-    args = parser.parse_args(argv)
-    name = {"vtab_1k": "vtab", "vtab1k": "vtab"}.get(
-        key := args.dataset.lower().replace("-", "_"), key
-    )
-    suite = data.SUITES.get(name)
-    args.resume |= bool(suite)  # a suite goes on where it stopped
-    try:
-        tasks = (
-            [task for task in data.TASKS.values() if task.benchmark == suite]
-            if suite
-            else [data.find_task(name)]
-        )
-        results, missing = [], {}
-        for task in tasks:
-            for number in args.seeds or [args.seed]:
-                try:
-                    results.append(run(settle(parser, args, task, number)))
-                    print(json.dumps(results[-1]), flush=True)
-                except (data.DataError, Diverged) as error:
-                    if not suite:
-                        raise
-                    missing[
-                        f"{task.name}, seed {number}" if isinstance(error, Diverged) else task.name
-                    ] = error
-                    print(f"{task.name}: left out, see the end")
-                    if isinstance(error, data.DataError):
-                        break
-        report = [f"left out: {len(missing)} of {len(tasks)} tasks"] if missing else []
-        report += [
-            f"- {task}: {str(error).removeprefix(f'{task}: ')}" for task, error in missing.items()
-        ]
-        if not results:
-            print(*report, sep="\n")
-            parser.error(
-                f"--dataset {name}: not one of its {len(tasks)} tasks could run; see above"
-            )
-        if suite:
-            print(
-                evaluation.tabulate(evaluation.collect(*(result["run"] for result in results))),
-                *report,
-                sep="\n",
-            )
-        if suite or len(results) > 1:
-            print(json.dumps(evaluation.summarize(results, name if suite else tasks[0].name)))
-    except (data.DataError, models.ModelError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print(
-            "interrupted: the same command with --resume goes on after the last whole epoch",
-            file=sys.stderr,
-        )
-        sys.exit(130)
 
 
-def settle(
-    parser: Parser, args: argparse.Namespace, task: data.Task, number: int
-) -> argparse.Namespace:
-    """The arguments of one run: those given, and for those left out what suits the task."""
-    args = argparse.Namespace(**vars(args) | {"dataset": task.name, "seed": number})
-    if args.drop_path is None and args.method == "linear":
-        args.drop_path = 0.0  # noise in a backbone that nothing adapts
-    for name, value in PRESETS[task.benchmark].items():
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of one run: those left out take what suits task, method and model.
+
+    Raises DataError, ModelError or RunError for values that do not go together.
+    """
+    task, method = data.find_task(args.dataset), METHODS[args.method]
+    args = argparse.Namespace(**vars(args))
+    args.dataset = task.name
+    for name, value in (task.recipe | method.recipe).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    method.complete(args)
+    args.img_size = args.img_size or input_size(args.model)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 10
     if not 0 <= args.warmup_epochs < args.epochs:
-        parser.error(
+        raise RunError(
             f"--warmup-epochs {args.warmup_epochs:g} must be from 0 to below --epochs {args.epochs}"
         )
-    if args.accumulate > args.batch_size:
-        parser.error(
-            f"--accumulate {args.accumulate} must not be above --batch-size {args.batch_size}"
-        )
-    if args.mask_schedule != "constant" and args.masking == "fixed":
-        parser.error(
-            f"--mask-schedule {args.mask_schedule} needs --masking stochastic or mixed: fixed masks stay"
-        )
-    args.img_size = args.img_size or models.input_size(args.model)
     return args
+
+
+def usual(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of a run on the same task with the same method, model and number of epochs."""
+    fixed = ("dataset", "method", "model", "epochs")
+    return settle(parser().parse_args([f"--{name}={getattr(args, name)}" for name in fixed]))
+
+
+def parser() -> Parser:
+    made = Parser(description=__doc__, prog="train.py")
+    add_flags(made.add_argument)
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    with one_line(parser()):
+        print(json.dumps(run(settle(args))))
 
 
 if __name__ == "__main__":

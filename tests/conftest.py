@@ -1,13 +1,18 @@
+import csv
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model as models
 import sources
+import train
 
 FETCH = sources._fetch
 
@@ -36,7 +41,7 @@ def nano():
 
     def make(**kwargs):
         net = models.create("vit_nano", 10, **{"pretrained": False, **kwargs})
-        for layer in models.experts(net).values():
+        for layer in models.adapters(net).values():
             torch.nn.init.normal_(layer.lora_B, std=0.1)
             with torch.no_grad():
                 layer.lora_B *= layer.expert_mask
@@ -48,3 +53,116 @@ def nano():
 @pytest.fixture
 def images():
     return torch.randn(4, 3, 28, 28)
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """Runs train.py in this process, from another folder, on small images; returns its last line."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        train.main(["--device", "cpu", "--epochs", "2", "--img-size", "14", *map(str, arguments)])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return call
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    folder = tmp_path / "data" / "vtab-1k" / "cifar"
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(
+            folder / "images" / f"{i}.png"
+        )
+    for i in range(10, 3000):
+        (folder / "images" / f"{i}.png").symlink_to(f"{i % 10}.png")
+    write_lists(folder, 30, 7)
+    return folder
+
+
+def log(metrics):
+    with open(Path(metrics["run"], "log.csv")) as file:
+        return list(csv.DictReader(file))
+
+
+def write_lists(folder, test, step):
+    cuts = {
+        "train800": (0, 800),
+        "val200": (800, 1000),
+        "train800val200": (0, 1000),
+        "test": (1000, 1000 + test),
+    }
+    for name, cut in cuts.items():
+        (folder / f"{name}.txt").write_text(
+            "".join(f"images/{i}.png {i % 10 * step}\n" for i in range(*cut))
+        )
+
+
+def stop_after(monkeypatch, epochs):
+    save = train.save_state
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        if arguments[-1]["epoch"] == epochs:
+            monkeypatch.setattr(train, "save_state", save)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_state", save_and_stop)
+
+
+BIRDS = {"train": 30, "val": 10, "test": 12}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A whole CIFAR-100 task in the prepared layout: 1000 + 20 random images of 12 x 10 pixels, three of them odd."""
+    root = tmp_path_factory.mktemp("data")
+    folder = root / "vtab-1k" / "cifar"
+    rng = np.random.default_rng(0)
+    lists = {"train800": 800, "val200": 200, "test": 20}
+    for name, count in lists.items():
+        (folder / "images" / name).mkdir(parents=True)
+        lines = []
+        for i in range(count):
+            image = Image.fromarray(rng.integers(0, 256, (10, 12, 3), np.uint8))
+            image = {1: image.convert("L"), 2: image.convert("P"), 3: image.convert("RGBA")}.get(
+                i, image
+            )
+            image.save(folder / "images" / name / f"{i:06}.png")
+            lines.append(f"images/{name}/{i:06}.png {i % 100}\n")
+        (folder / f"{name}.txt").write_text("".join(lines))
+    both = (folder / "train800.txt").read_text() + (folder / "val200.txt").read_text()
+    (folder / "train800val200.txt").write_text(both)
+    return root
+
+
+def edited(prepared, tmp_path, listing, edit):
+    """A copy of the prepared folder's lists with one list edited; the images are linked, not copied."""
+    folder = tmp_path / "vtab-1k" / "cifar"
+    folder.mkdir(parents=True)
+    source = prepared / "vtab-1k" / "cifar"
+    (folder / "images").symlink_to(source / "images")
+    for file in source.glob("*.txt"):
+        lines = file.read_text().splitlines()
+        (folder / file.name).write_text(
+            "\n".join(edit(lines) if file.name == listing else lines) + "\n"
+        )
+    return tmp_path
+
+
+@pytest.fixture
+def birds(tmp_path):
+    """A CUB of few images, in VPT's layout: class ids from 1 with gaps, images of several shapes."""
+    folder, rng = tmp_path / "fgvc/CUB_200_2011", np.random.default_rng(0)
+    for part, count in BIRDS.items():
+        listing = {}
+        for i in range(count):
+            name = f"{i % 5:03}.bird/{part}{i}.jpg"
+            (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+            coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 3), np.uint8))
+            coarse.resize((90 + 7 * (i % 9), 120 - 5 * (i % 7))).save(folder / "images" / name)
+            listing[name] = 3 * (i % 5) + 1
+        (folder / f"{part}.json").write_text(json.dumps(listing))
+    return tmp_path

@@ -2,12 +2,14 @@
 
 import gzip
 import hashlib
+import io
 import json
 import pickle
 import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import data
 import originals
@@ -54,6 +56,7 @@ def made_up(monkeypatch):
     """Let originals have other keys and labels than the official ones."""
     monkeypatch.setattr(splits, "prove_keys", lambda name, role, keys: splits.sha256(keys))
     monkeypatch.setattr(splits, "prove_labels", lambda *arguments: splits.Proof(None))
+    monkeypatch.setattr(splits, "prove_histogram", lambda *arguments: True)
 
 
 def cut(name, root, roles=ROLES):
@@ -102,9 +105,11 @@ def test_caltech101_slices_are_the_official_ones(caltech):
     assert not set(training) & set(found.images["test"])
     keys = [f"{path.parent.name}/{path.name}" for path in found.images["train"]]
     assert splits.sha256(keys) == found.digests["train800"]
-    assert found.labels["train"][:5].tolist() == [51, 23, 58, 43, 44]
-    assert found.labels["val"][:5].tolist() == [77, 15, 61, 28, 46]
-    assert found.labels["test"][:5].tolist() == [4, 89, 66, 5, 4]
+    sha = [splits.sha256(found.labels[role]) for role in ROLES]
+    assert sha[0] == "2fc0f0b1cf916aafe07a8252f7b86730531bd51ccd1d95727583e9ae3376e66b"
+    assert sha[1] == "dbb8738ac957ae9a6eefc5d917c12ec974d132afd10899cb575ce3ab6c7665cb"
+    first = splits.sha256(found.labels["test"][:500])  # as many as the prepared copy has
+    assert first == "fc8e3c5691a621810ec79769fefc14c7712099a63fe7b699ffad002571160f85"
 
 
 def test_caltech101_whether_or_not_the_stray_file_is_there(caltech):
@@ -133,7 +138,7 @@ def test_a_changed_file_of_caltech101_is_named(caltech, change):
             names = {"missing": file, "added": other}
     missing = change != "added"
     added = change != "missing"
-    want = f"{int(missing)} files" if missing else "no files"
+    want = "1 (wrench/image_0007.jpg) missing" if missing else "none missing"
     with pytest.raises(DataError) as raised:
         cut("caltech101", caltech)
     other.unlink(missing_ok=True)
@@ -441,3 +446,171 @@ def test_packages_that_reading_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Missing, match="svhn: reading the originals needs scipy: pip install scipy"):
         cut("svhn", tmp_path)
+
+
+def test_resisc45_slices(tmp_path):
+    for name, count in splits.CONSTANTS["classes"]["resisc45"].items():
+        folder = tmp_path / "NWPU-RESISC45" / name
+        folder.mkdir(parents=True)
+        for i in range(1, count + 1):
+            (folder / f"{name}_{i:03}.jpg").touch()
+    found = sources.read_originals(data.TASKS["resisc45"], tmp_path, ROLES, "original", True)
+    assert found.digests["train800"].startswith("7c42d524") and len(found.images["test"]) == 6300
+    assert found.digests["val200"].startswith("2a2bb0da")
+    names = sorted(splits.CONSTANTS["classes"]["resisc45"])
+    for role in ROLES:
+        for path, label in zip(found.images[role], found.labels[role], strict=True):
+            assert path.parent.name == names[label]
+
+
+def test_sun397_folder(tmp_path, monkeypatch, made_up):
+    names = ["/a/abbey/sun_x.jpg", "/c/church/outdoor/sun_y.jpg", "/c/church/outdoor/sun_z.jpg"]
+    for name in (*names, splits.SUN397_UNUSED):
+        path = tmp_path / "SUN397" / name[1:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    asked = []
+
+    def split(keys, name):
+        asked.append(sorted(keys))
+        return {"train": ([names[2], names[0]], [1, 0])}.get(name, ([names[1]], [1]))
+
+    monkeypatch.setattr(splits, "sun397_split", split)
+    counts = {"train": 2, "validation": 1, "test": 1}
+    small(monkeypatch, "sun397", counts, ("train", 0, 2), ("validation", 0, 1), ("test", 0, 1))
+    (train, labels), (val, _), _ = cut("sun397", tmp_path)
+    assert asked[0] == sorted([*names, splits.SUN397_UNUSED])
+    order = by_hand(names[::2], "train")
+    assert train == [tmp_path / "SUN397" / name[1:] for name in order]
+    assert labels.tolist() == [names[::2].index(name) for name in order]
+    assert val == [tmp_path / "SUN397" / names[1][1:]]
+
+
+def crc32c_by_hand(message):
+    """Bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in message:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def masked_crc(message):
+    crc = crc32c_by_hand(message)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def test_crc32c_is_the_standards():
+    assert crc32c_by_hand(b"123456789") == 0xE3069283  # RFC 3720's polynomial, its check value
+    blocks = [b"123456789", bytes(32), bytes(range(256)) * 3, b"1234"]
+    got = originals.crc32c([memoryview(block) for block in blocks])
+    assert got.tolist() == [crc32c_by_hand(block) for block in blocks]
+
+
+def length_delimited(number, content):
+    length = len(content)
+    varint = b""
+    while length > 127:
+        varint += bytes([length & 127 | 128])
+        length >>= 7
+    return bytes([number << 3 | 2]) + varint + bytes([length]) + content
+
+
+def tf_record(image, filename, label, packed):
+    """A serialised tf.train.Example, framed as in a TFRecord file."""
+    integers = length_delimited(1, bytes([label])) if packed else bytes([1 << 3, label])
+    features = {"image": (1, length_delimited(1, image)), "label": (3, integers)}
+    features["filename"] = (1, length_delimited(1, filename.encode()))
+    entries = b""
+    for name, (kind, values) in features.items():
+        feature = length_delimited(2, length_delimited(kind, values))
+        entries += length_delimited(1, length_delimited(1, name.encode()) + feature)
+    example = length_delimited(1, entries)
+    length = len(example).to_bytes(8, "little")
+    return length + masked_crc(length) + example + masked_crc(example)
+
+
+@pytest.fixture
+def dmlab(tmp_path, monkeypatch, made_up):
+    rng = np.random.default_rng(0)
+    images, labels = {}, {}
+    for split, count in (("train", 12), ("validation", 5), ("test", 4)):
+        for part in range(2):
+            records = b""
+            for i in range(part, count, 2):
+                name = f"video_{split}_{i}.jpg"
+                file = io.BytesIO()
+                pixels = rng.integers(0, 256, (6 + i, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(file, "jpeg", quality=95)
+                images[name], labels[name] = file.getvalue(), i % 6
+                records += tf_record(file.getvalue(), name, i % 6, i % 2 == 0)
+            (tmp_path / "dmlab").mkdir(exist_ok=True)
+            (tmp_path / f"dmlab/dmlab-{split}.tfrecord-0000{part}-of-00002").write_bytes(records)
+    counts = {"train": 12, "validation": 5, "test": 4}
+    small(monkeypatch, "dmlab", counts, ("train", 0, 8), ("validation", 0, 3), ("test", 0, 4))
+    return tmp_path, images, labels
+
+
+def test_dmlab_records(dmlab):
+    root, images, labels = dmlab
+    (train, train_labels), (val, _), (test, _) = cut("dmlab", root)
+    order = by_hand([name for name in images if "train" in name], "train")[:8]
+    assert train == [images[name] for name in order] and len(val) == 3 and len(test) == 4
+    assert train_labels.tolist() == [labels[name] for name in order]
+    loaded, _ = data.load("dmlab", root, img_size=16)
+    image = Image.open(io.BytesIO(train[0])).convert("RGB").resize((16, 16), Image.BICUBIC)
+    assert np.array_equal(loaded[0][0].permute(1, 2, 0), np.asarray(image))
+    assert len(loaded.digest()) == 64 and loaded.digest() != data.load("dmlab", root)[1].digest()
+    assert (
+        loaded.description
+        == "originals, JPEG images, 11 of 1000 train (subset) / 4 of 22735 test (subset)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw[:200] + bytes([raw[200] ^ 1]) + raw[201:], "a wrong checksum: get it"),
+        (lambda raw: bytes([raw[0] ^ 1]) + raw[1:], "dmlab: the originals at .* are damaged|again"),
+        (lambda raw: raw[:-3], "ends within a record: get it again"),
+    ],
+)
+def test_damaged_dmlab_records(dmlab, damage, message):
+    root, _, _ = dmlab
+    for path in root.glob("dmlab/dmlab-test*"):
+        path.write_bytes(damage(path.read_bytes()))
+    assert len(cut("dmlab", root, ["train", "val"])) == 2  # does not open the test set's files
+    with pytest.raises(DataError, match=message):
+        cut("dmlab", root)
+
+
+def test_retinopathy_lists_and_preprocessing(tmp_path, monkeypatch, made_up):
+    folder = tmp_path / "eyes"
+    for name in ("train", "test"):
+        (folder / name).mkdir(parents=True)
+    rows = {"Public": ["1_left", "1_right"], "Private": ["2_left", "2_right", "3_left"]}
+    lines = []
+    for usage, names in rows.items():
+        lines += [f"{name},{i % 5},{usage}" for i, name in enumerate(names)]
+    (folder / "retinopathy_solution.csv").write_text("\n".join(["image,level,Usage", *lines]))
+    training = [f"{i}_{side}" for i in range(10, 15) for side in ("left", "right")]
+    lines = [f"{name},{i % 5}" for i, name in enumerate(training)]
+    (folder / "trainLabels.csv").write_text("\n".join(["image,level", *lines]))
+    for name in training:
+        Image.new("RGB", (540, 500)).save(folder / "train" / f"{name}.jpeg")
+    for name in sum(rows.values(), []):
+        Image.new("RGB", (540, 540)).save(folder / "test" / f"{name}.jpeg")
+    counts = {"train": 10, "validation": 2, "test": 3}
+    slices = ("train", 0, 6), ("validation", 0, 2), ("test", 0, 3)
+    small(monkeypatch, "diabetic_retinopathy", counts, *slices)
+    (train, labels), (val, _), (test, test_labels) = cut("diabetic_retinopathy", tmp_path)
+    assert [path.stem for path in train] == by_hand(training, "train")[:6]
+    assert labels.tolist() == [training.index(path.stem) % 5 for path in train]
+    assert [path.stem for path in val] == by_hand(rows["Public"], "validation")
+    assert test_labels.tolist() == [rows["Private"].index(path.stem) for path in test]
+    Image.new("RGB", (4752, 3168)).save(test[1])  # as it comes from the competition
+    assert len(cut("diabetic_retinopathy", tmp_path, ["train", "val"])) == 2
+    message = r"left.jpeg|right.jpeg is 4752 x 3168, not preprocessed .* radius of 300"
+    with pytest.raises(DataError, match=message):
+        cut("diabetic_retinopathy", tmp_path)

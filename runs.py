@@ -1,0 +1,322 @@
+"""What surrounds a run: flag types, device and precision, its folder, identity, files and state.
+
+    folder = run_folder(args.out, identity(args, defaults))
+    metrics = finished(folder, args)        # the result, if the same run has ended before
+    save_state(folder / "state.pt", ...)    # after every epoch, for --resume
+
+A run is what its settings make it. Its identity holds those that differ from the defaults, without
+machine and place; the folder's name and the tables of `suite.py` come from this one list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import importlib
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from backbone import ModelError, sha256
+from splits import DataError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+AMP = ["auto", "bf16", "fp16", "off"]
+DEVICES = ["auto", "cpu", "cuda", "mps"]
+PLACE = ("device", "workers", "out", "data_dir", "resume")  # machine and place: not what a run is
+ALWAYS = ("dataset", "method", "model", "epochs", "seed")  # in every identity, default or not
+SHORT = {"mask_prob": "p", "rank": "r", "lr": "lr"}  # shown in the folder's name if not default
+
+
+class RunError(ValueError):
+    """A flag, device or file of a run that cannot be used; the message is one line."""
+
+
+class Diverged(RunError):
+    """Training ended in a loss that is not finite."""
+
+
+ERRORS = (DataError, ModelError, RunError)  # what a user can mend; bugs keep their traceback
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command in one line on stderr, with exit code 2."""
+
+    def __init__(self, **kwargs) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=raw, allow_abbrev=False, **kwargs)
+        # without a network the hub writes a line for every retry
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+    def error(self, message: str) -> None:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def one_line(parser: Parser) -> Iterator[None]:
+    """What a user can mend ends in one line and exit code 2, Ctrl-C in a hint and 130."""
+    try:
+        yield
+    except ERRORS as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: the same command with --resume goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+def number(kind: type, low: float, high: float, expected: str) -> Callable:
+    """A flag's type: an int or float in [low, high)."""
+
+    def parse(text: str):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"must be {expected}, not {text}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return parse
+
+
+COUNT = number(int, 1, 2**31, "1 or more")
+WHOLE = number(int, 0, 2**31, f"from 0 to {2**31 - 1}")
+FRACTION = number(float, 0, 1, "in [0, 1)")
+POSITIVE = number(float, math.ulp(0.0), math.inf, "above 0")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA if there is one, else Apple's MPS, else the CPU.
+
+    Raises RunError for a device that is not there.
+    """
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind in present if present[kind])
+    if not present[name]:
+        raise RunError(f"--device {name}: there is none here; use --device auto or cpu")
+    return torch.device(name)
+
+
+def resolve_amp(name: str, device: torch.device) -> str:
+    """`auto` is bf16 on a CUDA device that computes in it, else off."""
+    if name != "auto":
+        return name
+    cuda = device.type == "cuda"
+    return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision: products in bf16 or fp16, the rest in float32; "off": float32 throughout."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "off")
+
+
+def peak_memory_mb(device: torch.device) -> int | None:
+    """Highest memory use in MiB: allocated on CUDA, else of the process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, KiB on Linux
+
+
+def provenance(device: torch.device) -> dict:
+    """The machine and the code of a run: device, versions, git commit (None outside a clone)."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "timm"):
+        versions[package] = importlib.import_module(package).__version__
+    here = str(Path(__file__).resolve().parent)
+    command = ["git", "-C", here, "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"device": name, "versions": versions, "git": commit}
+
+
+def identity(args: argparse.Namespace, defaults: argparse.Namespace) -> dict:
+    """What makes a run this run: the settings that differ from the defaults, and `ALWAYS`.
+
+    A local checkpoint counts by its digest, not by its path.
+    """
+    usual = vars(defaults)
+    own = {}
+    for name, value in vars(args).items():
+        if name not in PLACE and (name in ALWAYS or value != usual[name]):
+            own[name] = value
+    if args.checkpoint:
+        own["checkpoint"] = sha256(args.checkpoint)
+    return own
+
+
+def run_folder(out: str | os.PathLike, own: dict) -> Path:
+    """<out>/<dataset>/<method>-<model>-<settings>-seed<n>-<digest of the identity>."""
+    words = [own["method"], own["model"].replace("/", "_").replace(":", "_")]
+    for name, short in SHORT.items():
+        if name in own:
+            words.append(f"{short}{own[name]:g}")
+    words.append(f"seed{own['seed']}")
+    if own.get("val"):
+        words.append("val")
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    return Path(out, own["dataset"], "-".join([*words, digest[:6]]))
+
+
+def finished(folder: Path, args: argparse.Namespace) -> dict | None:
+    """The metrics of a run that has ended; None if there is none that can be read.
+
+    Raises RunError if the folder holds a run of other arguments: the defaults have changed since.
+    """
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        then = json.loads((folder / "config.json").read_text())["arguments"]
+        metrics["official"], metrics["digest"]  # an older version's result lacks these
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    for name, value in vars(args).items():
+        if name not in (*PLACE, "checkpoint") and name in then and then[name] != value:
+            flag = name.replace("_", "-")
+            raise RunError(
+                f"{folder} was run with --{flag} {then[name]}, the default of its time; "
+                f"now it is {value}: take another --out"
+            )
+    return metrics
+
+
+def make_folder(folder: Path, keep_state: bool) -> None:
+    """Make the folder of a run that starts; an earlier result in it goes. RunError if it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").unlink(missing_ok=True)
+        if not keep_state:
+            (folder / "state.pt").unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"--out: cannot write {folder}: {error.strerror}") from error
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(value, indent=2))
+    os.replace(draft, path)
+
+
+def write_log(path: Path, rows: list[dict]) -> None:
+    """Write the log anew, a row per epoch, numbers to seven digits."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(rows[0])
+        for row in rows:
+            writer.writerow([f"{value:.7g}" for value in row.values()])
+
+
+def save_state(path: Path, weights: dict, optimizer, scaler, digest: str, progress: dict) -> None:
+    """All that `restore` needs to go on as if nothing had happened; whole or not at all.
+
+    `weights` are the tensors that train, `digest` is the training images', `progress` what
+    `restore` returns.
+    """
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state = {
+        "weights": weights,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        "digest": digest,
+        "progress": progress,
+    }
+    draft = path.with_suffix(".tmp")
+    torch.save(state, draft)
+    os.replace(draft, path)
+
+
+def restore(path: Path, model: torch.nn.Module, optimizer, scaler, digest: str) -> dict:
+    """Load what `save_state` wrote, if it is there, and return the progress.
+
+    {"epoch": epochs done, "rows": of the log, "seconds": of training}, all nothing if there is no
+    state or its training images are not these. Raises RunError for a file that cannot be read.
+    """
+    nothing = {"epoch": 0, "rows": [], "seconds": 0.0}
+    if not path.exists():
+        return nothing
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        weights, progress, rng = state["weights"], state["progress"], state["rng"]
+        moments, scale, images = state["optimizer"], state["scaler"], state["digest"]
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise RunError(f"cannot read {path}: remove it to start anew") from error
+    if images != digest:
+        print(f"the training images are not those of {path}: starting anew")
+        return nothing
+    model.load_state_dict(weights, strict=False)
+    optimizer.load_state_dict(moments)
+    scaler.load_state_dict(scale)
+    torch.set_rng_state(rng["cpu"])
+    if rng["cuda"]:
+        torch.cuda.set_rng_state_all(rng["cuda"])
+    print(f"resumed after epoch {progress['epoch']} of {path.parent}")
+    return progress
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: all its arguments, its identity, metrics, the split scored, top-1 (%)."""
+
+    arguments: dict
+    identity: dict
+    metrics: dict
+    split: str
+    top1: float
+
+
+def collect(*folders: str | Path, tasks: Container, methods: Container) -> list[Result]:
+    """The finished runs in folders, oldest first.
+
+    Those that are damaged, or whose task or method is not known here, are named and left out.
+    """
+    files = []
+    for folder in folders:
+        files += Path(folder).rglob("metrics.json")
+    results = []
+    for file in sorted(files, key=lambda path: path.stat().st_mtime):
+        try:
+            metrics = json.loads(file.read_text())
+            config = json.loads(file.with_name("config.json").read_text())
+            arguments, own = config["arguments"], config["identity"]
+            split = "val" if own.get("val") else "test"
+            top1 = float(metrics[f"{split}_top1"])
+            for key in ("dataset", "official", "seed", "data", "model"):
+                metrics[key]
+            known = metrics["dataset"] in tasks and own["method"] in methods
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"remove it or run it again ({type(error).__name__}: {error})"
+            print(f"{file.parent} is damaged and left out: {why}", file=sys.stderr)
+            continue
+        if known:
+            results.append(Result(arguments, own, metrics, split, top1))
+        else:
+            name = f"{own['method']} on {metrics['dataset']}"
+            print(f"{file.parent} is left out: {name} is unknown here", file=sys.stderr)
+    return results

@@ -1,0 +1,61 @@
+"""The table of methods: what stands in its rows is all that a method is."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import baselines
+import model as models
+from baselines import METHODS
+
+ROOT = Path(baselines.__file__).parent
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_tells_what_trains(method):
+    net = models.create("vit_nano", 10, pretrained=False, method=method)
+    assert net.method == method and net.method_settings == METHODS[method].settings
+    layers = models.adapters(net)
+    assert len(layers) == (6 if METHODS[method].layer else 0)
+    for layer in layers.values():
+        for name in METHODS[method].fixed:
+            assert not getattr(layer, name).requires_grad
+
+
+def test_settings_of_other_methods_are_ignored_and_unknown_ones_are_not():
+    net = models.create("vit_nano", 10, pretrained=False, method="linear", rank=4, mask_prob=0.1)
+    assert net.method_settings == {}
+    with pytest.raises(TypeError, match="no method has a setting 'rnak'"):
+        models.create("vit_nano", 10, pretrained=False, rnak=4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "want"),
+    [("constant", [0.5, 0.5, 0.5]), ("increase", [0, 0.25, 0.5]), ("decrease", [0.5, 0.25, 0])],
+)
+def test_schedules_move_the_mean_masking_probability(schedule, want):
+    settings = {"schedule": schedule, "pattern": "incremental"}
+    net = models.create("vit_nano", 10, pretrained=False, **settings)
+    for progress, p in zip((0.0, 0.5, 1.0), want, strict=True):
+        METHODS["mlae"].before_step(net, progress)
+        assert METHODS["mlae"].log(net) == {"mask_prob": pytest.approx(p)}
+        rates = [layer.mask_prob for layer in baselines.mlae_layers(net)]
+        assert rates == sorted(rates, reverse=True)  # more active experts with depth
+
+
+def test_fixed_masks_have_no_schedule():
+    with pytest.raises(models.ModelError, match="schedule increase needs masking stochastic"):
+        models.create("vit_nano", 10, pretrained=False, masking="fixed", schedule="increase")
+
+
+def test_hooks_of_a_compiled_model_reach_the_layers():
+    net = models.create("vit_nano", 10, pretrained=False, schedule="increase")
+    METHODS["mlae"].before_step(torch.compile(net, backend="eager"), 0.5)
+    assert METHODS["mlae"].log(net) == {"mask_prob": 0.25}
+
+
+def test_no_script_asks_which_method_it_is():
+    for name in ("model.py", "train.py", "eval.py", "runs.py", "suite.py", "backbone.py"):
+        assert not re.search(r"method\s*(==|!=|in \()", (ROOT / name).read_text()), name

@@ -1,0 +1,82 @@
+"""What surrounds a run: its identity, folder, files and state."""
+
+import argparse
+import json
+
+import pytest
+
+import runs
+import train
+
+
+def settled(*words):
+    return train.settle(train.parser().parse_args([*words]))
+
+
+def own(*words):
+    args = settled(*words)
+    return runs.identity(args, train.usual(args))
+
+
+def test_an_identity_is_what_differs_from_the_defaults():
+    plain = {"dataset": "digits", "method": "mlae", "model": "vit_nano", "epochs": 20, "seed": 0}
+    assert own() == plain
+    assert own("--lr", "8e-3", "--rank", "8", "--mask-prob", "0.5") == plain  # as by default
+    assert own("--lr", "1e-3", "--val") == plain | {"lr": 1e-3, "val": True}
+    assert own("--epochs", "5") == plain | {"epochs": 5}  # its warm-up follows
+    assert own("--epochs", "5", "--warmup-epochs", "2") == plain | {"epochs": 5, "warmup_epochs": 2}
+    assert own("--method", "lora", "--coef-init", "2")["coef_init"] == 2
+
+
+def test_machine_and_place_are_not_what_a_run_is():
+    words = "--device cpu --workers 0 --out elsewhere --data-dir photos --resume"
+    assert own(*words.split()) == own()
+
+
+def test_settings_of_other_methods_are_set_aside_aloud(capsys):
+    assert own("--method", "linear", "--mask-prob", "0.3", "--rank", "4") == own(
+        "--method", "linear"
+    )
+    err = capsys.readouterr().err
+    assert "note: linear has no mask_prob; it is ignored" in err and "rank" in err
+
+
+def test_a_new_flag_renames_no_old_run():
+    args, usual = settled(), train.usual(settled())
+    before = runs.run_folder("runs", runs.identity(args, usual))
+    args.new_flag = usual.new_flag = 3
+    assert runs.run_folder("runs", runs.identity(args, usual)) == before
+
+
+def test_the_folder_says_what_differs():
+    name = runs.run_folder("out", own("--lr", "2e-3", "--mask-prob", "0.3", "--val")).name
+    assert name.startswith("mlae-vit_nano-p0.3-lr0.002-seed0-val-")
+    assert runs.run_folder("out", own("--label-smoothing", "0.1")).name != (
+        runs.run_folder("out", own()).name
+    )
+
+
+def write(folder, arguments, **metrics):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"arguments": arguments}))
+    (folder / "metrics.json").write_text(json.dumps({"official": True, "digest": ""} | metrics))
+
+
+def test_a_result_of_other_defaults_is_not_taken_for_this_run(tmp_path):
+    args = argparse.Namespace(lr=1e-3, out="runs", new_flag=1)
+    write(tmp_path / "a", {"lr": 1e-3, "out": "elsewhere"})
+    assert runs.finished(tmp_path / "a", args) == {"official": True, "digest": ""}
+    write(tmp_path / "b", {"lr": 2e-3})
+    with pytest.raises(runs.RunError, match="was run with --lr 0.002, the default of its time"):
+        runs.finished(tmp_path / "b", args)
+    assert runs.finished(tmp_path / "absent", args) is None
+    (tmp_path / "a/metrics.json").write_text("{}")
+    assert runs.finished(tmp_path / "a", args) is None
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "metrics.json"
+    runs.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        runs.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}

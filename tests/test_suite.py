@@ -1,0 +1,297 @@
+"""suite.py: many runs in one command, and the table of what has been run."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_lists
+
+import data
+import splits
+import suite
+import train
+
+
+@pytest.fixture
+def three(tmp_path, cifar, monkeypatch):
+    """A root with three of VTAB-1k's nineteen tasks, one of them a subset; with made-up labels."""
+    monkeypatch.setattr(splits, "prove_labels", lambda *arguments: splits.Proof(None))
+    for task, test in (("dtd", 1880), ("kitti", 711)):
+        folder = cifar.parent / task
+        folder.mkdir()
+        (folder / "images").symlink_to(cifar / "images")
+        write_lists(folder, test, 0)
+    return tmp_path
+
+
+def call(capsys, *arguments):
+    """Runs suite.py; returns all that it printed."""
+    suite.main([*map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert not [line for line in err.splitlines() if "step" not in line]  # tqdm's, on a terminal
+    return out
+
+
+SMALL = ["--device", "cpu", "--model", "vit_nano", "--epochs", 1, "--img-size", 14]
+
+
+@pytest.fixture
+def vtab(three, capsys, monkeypatch):
+    """Runs --dataset vtab on those three; returns all that was printed and the last line's rows."""
+    monkeypatch.chdir(three)
+
+    def run(*arguments):
+        out = call(capsys, "--dataset", "vtab", *SMALL, *arguments)
+        rows = json.loads(out.splitlines()[-1])["rows"]
+        return out, {row["dataset"]: row for row in rows}
+
+    return run
+
+
+def table(text):
+    """{first cell: other cells} of the markdown table's rows."""
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line[:1] == "|"
+    ]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_a_suite_runs_what_is_there_and_lists_the_rest(vtab, monkeypatch):
+    out, last = vtab()
+    rows = table(out)
+    single = json.loads(next(Path("runs/dtd").glob("*/metrics.json")).read_text())["test_top1"]
+    assert {path.name for path in Path("runs").iterdir()} == {"cifar", "dtd", "kitti"}
+    assert "PARTIAL, no vtab-1k result: mlae has 2 of 19 tasks with official data." in out
+    assert rows["cifar"][0].endswith(" *") and "30 of 10000 test (subset)" in rows["cifar"][1]
+    assert "* a subset of vtab-1k or not its official images" in out
+    assert rows["dtd"][0] == f"{single:.2f} (1)" and rows["svhn"][0] == "-"
+    assert rows["natural"][0] == f"{single:.2f} (1) [1 of 7 tasks]"  # the subset is in no mean
+    assert rows["mean of groups"][0] == "-"
+    assert rows["MLAE (Wang et al. 2024)"][:3] == ["78.8", "-", "90.9"]
+    missing = [line for line in out.splitlines() if line.startswith("left out: ")]
+    assert len(missing) == 16
+    assert all("unpack" in line or "pip install" in line for line in missing)
+    assert last["mean of groups"]["test_top1"] is None and not last["mean of groups"]["official"]
+    assert last["dtd"]["test_top1"] == single and last["dtd"]["n"] == 1
+    monkeypatch.setattr(train, "create_model", None)  # nothing trains again
+    again, _ = vtab()
+    assert table(again) == rows
+
+
+def test_several_seeds_are_single_runs_and_their_mean(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = call(capsys, *SMALL, "--seed", 0, 1, 2)
+    (row,) = json.loads(out.splitlines()[-1])["rows"]
+    files = sorted(Path("runs/digits").glob("*/metrics.json"))
+    scores = [json.loads(file.read_text())["test_top1"] for file in files]
+    assert row["seeds"] == [0, 1, 2] and row["n"] == 3 and row["method"] == "mlae"
+    assert row["test_top1"] == pytest.approx(np.mean(scores), abs=0.006)
+    assert row["test_top1_std"] == pytest.approx(np.std(scores, ddof=1), abs=0.006)
+    train.main([*map(str, SMALL), "--seed", "1"])
+    single = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert single["test_top1"] == scores[1] and Path(single["run"]) == files[1].parent
+
+
+def test_the_product_of_all_values(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = "--method mlae lora linear --rank 2 4 --mask-prob 0.1 0.5 --targets attn.qkv mlp.fc1,mlp.fc2"
+    parser = suite.Parser()
+    suite.add_flags(parser)
+    args = parser.parse_args(words.split())
+    del args.table, args.format
+    found = set()
+    for run in suite.combinations(args):
+        targets = tuple(run.targets) if run.method != "linear" else None
+        found.add((run.method, run.rank, run.mask_prob, targets))
+    layers = [("attn.qkv",), ("mlp.fc1", "mlp.fc2")]
+    want = {("linear", None, None, None)}
+    for target in layers:
+        for rank in (2, 4):
+            want |= {("lora", rank, None, target)}
+            want |= {("mlae", rank, p, target) for p in (0.1, 0.5)}
+    assert found == want
+
+
+def test_train_answers_a_suite_with_the_command_to_use(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--dataset", "VTAB-1k"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.endswith("python suite.py --dataset vtab\n")
+
+
+def test_a_suite_goes_on_past_damaged_data_and_divergence(vtab, three, monkeypatch, capsys):
+    (three / "data/vtab-1k/dtd/test.txt").write_text("images/0.png x\n")
+    out, _ = vtab()
+    assert out.count("left out: ") == 17 and "test.txt, line 1: expected" in out
+    evaluate, calls = train.evaluate, []
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
+    with pytest.raises(SystemExit) as stop:
+        vtab("--lr", 1e30, "--epochs", 2)
+    assert stop.value.code == 2 and not calls
+    assert "left out: kitti, seed 0: the loss is nan" in capsys.readouterr().out
+
+
+def test_a_suite_without_any_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        call(capsys, "--dataset", "fgvc", *SMALL)
+    out, err = (text.strip().splitlines() for text in capsys.readouterr())
+    assert stop.value.code == 2 and len(err) == 1
+    assert err[-1].endswith("not one of these runs was possible; see above")
+    assert sum(line.startswith("left out: ") for line in out) == 5 and not Path("runs").exists()
+
+
+def write_run(root, task, seed, top1, official=True, val=False, **changes):
+    """A finished run's files; changes are settings that differ from the defaults."""
+    name = f"{seed}-{val}-{'-'.join(map(str, changes.values())).replace('/', '')}"
+    folder = Path(root, task, name)
+    folder.mkdir(parents=True)
+    defaults = {"method": "mlae", "rank": 8, "source": "auto", "checkpoint": None}
+    arguments = defaults | {"dataset": task, "seed": seed, "val": val} | changes
+    identity = {"method": "mlae", "dataset": task, "seed": seed} | changes
+    identity |= {"val": True} if val else {}
+    config = {"arguments": arguments, "identity": identity}
+    (folder / "config.json").write_text(json.dumps(config))
+    split = "val" if val else "test"
+    metrics = {"dataset": task, "seed": seed, f"{split}_top1": top1, "official": official}
+    metrics |= {"data": "originals", "model": "vit"}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+@pytest.fixture
+def all_runs(tmp_path):
+    """19 tasks x 2 seeds of one configuration, 5 x 1 of FGVC, three of another configuration."""
+    scores = {}
+    for i, task in enumerate(
+        task for task in data.TASKS.values() if task.benchmark in ("vtab-1k", "fgvc")
+    ):
+        for seed in (0, 1) if task.benchmark == "vtab-1k" else (0,):
+            scores[task.name, seed] = 50 + 2 * i + 3 * seed * (i % 3)
+            write_run(tmp_path / "runs", task.name, seed, scores[task.name, seed])
+    for seed in range(3):
+        write_run(tmp_path / "runs", "dtd", seed, 70 + seed, rank=4)
+    write_run(tmp_path / "runs", "dtd", 0, 66.0, val=True)
+    return tmp_path / "runs", scores
+
+
+def test_the_table_of_all_runs(all_runs, capsys):
+    folder, scores = all_runs
+    out, _ = tabulated(capsys, folder)
+    rows = table(out[: out.index("| fgvc, ")])
+    groups = {}
+    for task in data.TASKS.values():
+        if task.benchmark == "vtab-1k":
+            groups.setdefault(task.group, []).append([scores[task.name, seed] for seed in (0, 1)])
+    means = {group: np.mean(values, 0) for group, values in groups.items()}  # (2,) over seeds
+    means["mean of groups"] = np.mean(list(means.values()), 0)
+    means["mean of tasks"] = np.mean([value for values in groups.values() for value in values], 0)
+    for name, values in means.items():
+        assert rows[name][1] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f} (2)"
+    assert rows["vtab-1k, test top-1 (%)"][:2] == ["mlae rank=4", "mlae rank=8"]
+    assert (
+        rows["caltech101"][0] == "-"
+        and rows["dtd"][0] == "71.00 ± 1.00 (3)"
+        and "vtab-1k, val top-1" in out
+    )
+    sets = [value for (task, _), value in scores.items() if data.TASKS[task].benchmark == "fgvc"]
+    fgvc = table(out[out.index("| fgvc, ") : out.index("| vtab-1k, val")]) | table(
+        out[out.index("| published") :]
+    )
+    assert len(sets) == 5 and fgvc["cub"][0] == f"{sets[0]:.2f} (1)"
+    assert fgvc["mean of tasks"][0] == f"{np.mean(sets):.2f} (1)"
+    assert (
+        out.count("PARTIAL") == 2
+        and "PARTIAL, no vtab-1k result: mlae rank=4 has 1 of 19 tasks" in out
+    )
+    assert "best epoch on the test set" in fgvc["LoRA, r = 8 (from NOAH)"]
+
+
+def tabulated(capsys, folder, *arguments):
+    suite.main(["--table", str(folder), *arguments])
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def refused(capsys, folder):
+    with pytest.raises(SystemExit) as stop:
+        suite.main(["--table", str(folder)])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_the_tables_formats_agree(all_runs, capsys):
+    folder, _ = all_runs
+    rows = json.loads(tabulated(capsys, folder, "--format", "json")[0])
+    lines = list(csv.DictReader(tabulated(capsys, folder, "--format", "csv")[0].splitlines()))
+    assert len(rows["published"]) == 19 and len(lines) == len(rows["runs"])
+    for line, row in zip(lines, rows["runs"], strict=True):
+        assert {key: "" if value is None else str(value) for key, value in row.items()} == line
+    latex = tabulated(capsys, folder, "--format", "latex")[0]
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 4
+    assert r"smallnorb\_ele & " in latex
+    body = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert len(body) > 60 and all(line.count("&") - line.count(r"\&") > 1 for line in body)
+
+
+def test_published_rows_say_what_the_best_test_epoch_would_have_claimed(all_runs, capsys):
+    folder, _ = all_runs
+    rows = table(tabulated(capsys, folder)[0])
+    assert rows["LoRA (2409.16434)"][:4] == ["75.24", "72.91", "-", "75.98"]
+    published = json.loads(tabulated(capsys, folder, "--format", "json")[0])["published"]
+    tuned = [entry for entry in published if entry["best_epoch"]]
+    assert len(tuned) == 12
+    assert all(float(entry["best_epoch"]) > float(entry["groups"]) for entry in tuned)
+
+
+def test_a_subset_is_marked_and_left_out_of_means(all_runs, capsys):
+    folder, _ = all_runs
+    write_run(folder.parent / "subset", "dtd", 0, 99.0, official=False)
+    write_run(folder.parent / "subset", "svhn", 0, 40.0)
+    rows = table(tabulated(capsys, folder.parent / "subset")[0])
+    assert rows["dtd"][0] == "99.00 (1) *" and rows["natural"][0] == "40.00 (1) [1 of 7 tasks]"
+
+
+def test_seeds_that_differ_make_no_result(all_runs, capsys):
+    folder, _ = all_runs
+    next(folder.glob("dtd/1-False-")).rename(folder.parent / "aside")
+    out = tabulated(capsys, folder)[0]
+    assert "mlae rank=8 has 19 of 19 tasks with official data, of unequal seeds" in out
+    found = json.loads(tabulated(capsys, folder, "--format", "json")[0])["runs"][:24]
+    rows = {row["task"]: row for row in found}
+    assert not rows["natural"]["official"] and rows["natural"]["std"] is None
+    assert rows["structured"]["official"] and rows["natural"]["n"] == 1
+    assert not rows["mean of groups"]["official"]
+
+
+def test_the_mean_of_groups_is_the_mean_of_tasks_applied_to_group_means():
+    tasks = [{0: 10.0, 1: 20.0}, {0: 30.0, 1: 40.0}, {0: 90.0, 1: 90.0}]
+    groups = [suite.mean_over(tasks[:2]), suite.mean_over(tasks[2:])]
+    assert groups == [{0: 20.0, 1: 30.0}, {0: 90.0, 1: 90.0}]
+    assert suite.mean_over(groups) == {0: 55.0, 1: 60.0}
+    assert suite.mean_over(tasks) == {0: pytest.approx(130 / 3), 1: 50.0}
+    assert suite.mean_over([{0: 10.0}, {0: 20.0, 1: 40.0}]) == {None: 20.0}
+
+
+def test_the_same_weights_from_two_places_are_one_configuration(tmp_path, capsys):
+    for seed, checkpoint in enumerate(["/a/x.npz", "/b/x.npz"]):
+        write_run(tmp_path / "runs", "svhn", seed, 70.0 + seed, checkpoint=checkpoint)
+    assert table(tabulated(capsys, tmp_path / "runs")[0])["svhn"][0] == "70.50 ± 0.71 (2)"
+
+
+def test_tables_of_nothing_or_of_damaged_runs(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    err = refused(capsys, tmp_path / "runs")
+    assert err.count("\n") == 1 and "there is no finished run in" in err
+    write_run(tmp_path / "runs", "dtd", 0, 70.0)
+    next((tmp_path / "runs").rglob("metrics.json")).write_text("{")
+    err = refused(capsys, tmp_path / "runs")
+    assert err.count("\n") == 2 and "is damaged and left out" in err
+    write_run(tmp_path / "runs", "svhn", 0, 60.0)
+    write_run(tmp_path / "runs", "a_new_task", 0, 60.0)
+    out, err = tabulated(capsys, tmp_path / "runs")
+    assert table(out)["svhn"][0] == "60.00 (1)" and err.count("\n") == 2
+    assert "mlae on a_new_task is unknown here" in err
