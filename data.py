@@ -1,63 +1,47 @@
-"""The data: 24 tasks as one table (VTAB-1k's 19, FGVC's 5), the embedded demo, and their readers.
+"""The data: 24 tasks as one table (VTAB-1k's 19, FGVC's 5), and the embedded demo.
 
     train, test = load("dtd", "data", img_size=224)     # the 1000 training images, the test images
     train, val = load("dtd", "data", split="train")     # 800 to train on, 200 to choose with
+
+    python data.py --data-dir data                      # the table, what is there, and its proof
 
 A VTAB-1k task comes from its original images (originals.py, splits.py) or from a prepared folder,
 `<root>/vtab-1k/<task>/{train800,val200,train800val200,test}.txt`, one line an image: its path in
 the folder and its label from 0. Images are resized straight to S x S (bicubic) and not augmented.
 An FGVC set is `<root>/fgvc/<set>/{train,val,test}.json` as VPT publishes them, `{"path": class}`:
-random resized crops and flips in training, the centre crop in testing. images.py reads them.
+random resized crops and flips in training, the centre crop in testing.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import difflib
-import itertools
-import json
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from torchvision import datasets
 
 import originals
-from images import NORMALIZE, Images, normalizer
-from originals import ORIGINALS
-from splits import CUTS, DataError, Missing, image_format, inside, lines, tfds_order
+from images import NORMALIZE, Images, normalizer  # noqa: F401
+from sources import NUMBER, Found, Original, join, read_embedded, read_fgvc, read_vtab
+from splits import CONSTANTS, CUTS, DataError, Missing, tfds_order  # noqa: F401
 
-__all__ = ["NORMALIZE", "TASKS", "DataError", "Images", "Missing", "Task", "load", "normalizer"]
-__all__ += ["find_task", "tasks_of", "tfds_order"]
-
-ARCHIVE = "1yZKwiKdsBzTfBgnStRveYMokc7GMMd5p"  # all 19 tasks, on Google Drive
 SUITES = {"vtab": "vtab-1k", "fgvc": "fgvc"}  # all tasks of a benchmark
 SOURCES = ("auto", "original", "prepared")
-ROLES = ("train", "val", "test")
-LISTS = {  # of the prepared folder
-    ("train",): "train800.txt",
-    ("val",): "val200.txt",
-    ("train", "val"): "train800val200.txt",
-    ("test",): "test.txt",
-}
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a reader found: images (paths or an array) and labels of each selection asked for."""
-
-    source: str
-    description: str
-    images: list[Sequence]
-    labels: list[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Task:
     """A row of the table. `sizes`: images of train, val and test; `origin`: where the original
-    images are from; `verified`: how our split was checked; `read(task, root, selections, source,
-    download)`: its reader; `augment`: "none" or "crop"; `recipe`: train.py's flags if left out."""
+    images are from; `verified`: what outside lists agree with our split; `read(task, root, roles,
+    source, download)`: its reader; `augment` ("none" or "crop"): how it is trained on; `recipe`:
+    train.py's flags if left out; `original`: its original data set, where we can read that;
+    `sources`: the sources that it can be read from."""
 
     name: str
     benchmark: str
@@ -70,143 +54,34 @@ class Task:
     read: Callable[..., Found]
     augment: str
     recipe: dict
-
-    def count(self, roles: Sequence[str]) -> int:
-        """Images that the roles, some of "train", "val" and "test", have together."""
-        return sum(self.sizes[ROLES.index(role)] for role in roles)
+    original: Original | None
+    sources: tuple[str, ...] = ("auto",)
 
 
-Selections = list[tuple[str, ...]]
+def _edges(edges: list[float], value: float) -> int:
+    """The largest i with edges[i] < value, in float32 as in VTAB's code."""
+    return int(np.searchsorted(np.float32(edges), np.float32(value), side="left")) - 1
 
 
-def read_originals(task: Task, root: Path, selections: Selections, source, download) -> Found:
-    """The originals, cut by splits.py."""
-    roles = list(itertools.chain(*selections))
-    slices = originals.official(task.name, root, roles, download)
-    images, labels, formats = [], [], set()
-    for selection in selections:
-        found = [slices[role] for role in selection]
-        labels.append(np.concatenate([labels_of_it for _, labels_of_it in found]))
-        if isinstance(found[0][0], np.ndarray):
-            images.append(np.concatenate([array for array, _ in found]))
-            formats.add("raw")
-        else:
-            images.append(sum([paths for paths, _ in found], []))
-            where = f"{task.name}: the originals are not whole"
-            formats |= {image_format(path, where) for path in images[-1]}
-        if not 0 <= labels[-1].min() <= labels[-1].max() < task.classes:
-            raise DataError(f"{task.name}: the originals have labels outside 0..{task.classes - 1}")
-    return Found("original", f"originals, {'+'.join(sorted(formats))} images", images, labels)
+def clevr_count(objects: list[dict]) -> int:
+    """The class 0..7 of the number of objects."""
+    return len(objects) - 3
 
 
-def read_embedded(task: Task, root: Path, selections: Selections, source, download) -> Found:
-    """As read_originals; there is no other source, and people know it by the task's origin."""
-    found = read_originals(task, root, selections, source, download)
-    return dataclasses.replace(found, source="embedded", description=task.origin)
+def clevr_distance(objects: list[dict]) -> int:
+    """The class 0..5 of the distance of the object nearest to the camera."""
+    nearest = min(item["pixel_coords"][2] for item in objects)
+    return _edges([0, 8, 8.5, 9, 9.5, 10, 100], nearest)
 
 
-def read_vtab(task: Task, root: Path, selections: Selections, source, download) -> Found:
-    """The originals, or where they cannot be had, or at wish, the prepared folder."""
-    folder = root / "vtab-1k" / task.name
-    archive = f"unpack a prepared archive (Google Drive {ARCHIVE}) to {folder}"
-    if source == "original" and task.name not in ORIGINALS:
-        raise DataError(f"--source original: {task.name} has a prepared folder only")
-    if source != "prepared" and task.name in ORIGINALS:
-        try:
-            return read_originals(task, root, selections, source, download)
-        except Missing as error:
-            if source == "original" or not folder.is_dir():
-                raise Missing(f"{error}; or {archive}") from None
-            print(f"{error}; reading the prepared folder {folder} instead")
-    if not folder.is_dir():
-        raise Missing(f"{task.name}: no folder {folder}: {archive} or point --data-dir elsewhere")
-    images, labels, formats = [], [], set()
-    for selection in selections:
-        paths, classes = [], []
-        for where, line in lines(folder / LISTS[selection]):
-            path, label, encoding = _prepared_line(task, folder, where, line)
-            paths.append(path)
-            classes.append(label)
-            formats.add(encoding)
-        count = task.count(selection)
-        is_short = len(paths) < count and selection != ("test",)
-        if is_short or not 0 < len(paths) <= count:
-            counts = f"{len(paths)} images, VTAB-1k's {task.name} has {count}"
-            raise DataError(f"{folder / LISTS[selection]} has {counts}")
-        images.append(paths)
-        labels.append(classes)
-    description = f"prepared folder, {'+'.join(sorted(formats))} images"
-    return Found("prepared", description, images, labels)
-
-
-def _prepared_line(task: Task, folder: Path, where: str, line: str) -> tuple[Path, int, str]:
-    """The image's path, its label and its file format."""
-    try:
-        name, label = line.rsplit(None, 1)
-        label = int(label)
-    except ValueError:
-        raise DataError(f"{where}: expected '<image> <label>', found {line!r}") from None
-    if not 0 <= label < task.classes:
-        raise DataError(f"{where}: label {label} is outside 0..{task.classes - 1}")
-    path = folder / inside(name, where)
-    return path, label, image_format(path, where)
-
-
-def read_fgvc(task: Task, root: Path, selections: Selections, source, download) -> Found:
-    """VPT's layout: train.json, val.json, test.json; their class ids, sorted, become 0..C-1."""
-    folder = None
-    for path in sorted((root / "fgvc").glob("*/")):
-        if path.name.lower().replace("-", "_") in (task.name, *task.aliases):
-            folder = folder or path
-    by_hand = (
-        f"put the images of {task.origin} into {root / 'fgvc' / task.name} and, beside them, "
-        "train.json, val.json and test.json, which VPT's repository links to (github.com/KMnP/vpt)"
-    )
-    if folder is None and source != "prepared" and task.name in ORIGINALS:
-        try:
-            return read_originals(task, root, selections, source, download)
-        except Missing as error:
-            raise Missing(f"{error}; or {by_hand}") from None
-    if folder is None:
-        raise Missing(f"{task.name}: no folder {root / 'fgvc' / task.name}: {by_hand}")
-    roles = list(itertools.chain(*selections))
-    lists = {role: _fgvc_list(task, folder, role) for role in roles}
-    ids = set().union(*(listed.values() for listed in lists.values()))
-    if len(ids) < task.classes and "test" not in lists:  # else training alone knows all classes
-        ids |= set(_fgvc_list(task, folder, "test").values())
-    if len(ids) > task.classes:
-        counts = f"{len(ids)} classes, {task.name} has {task.classes}"
-        raise DataError(f"{folder}: the lists have {counts}")
-    class_of = {name: number for number, name in enumerate(sorted(ids))}
-    images, labels, formats = [], [], set()
-    for selection in selections:
-        paths, classes = [], []
-        for role in selection:
-            for name, label in lists[role].items():
-                where = f"{folder / role}.json"
-                places = [folder / sub / inside(name, where) for sub in ("images", "Images", "")]
-                found = [path for path in places if path.exists()] or places[-1:]
-                formats.add(image_format(found[0], where))
-                paths.append(found[0])
-                classes.append(class_of[label])
-        images.append(paths)
-        labels.append(classes)
-    return Found("lists", f"lists of VPT, {'+'.join(sorted(formats))} images", images, labels)
-
-
-def _fgvc_list(task: Task, folder: Path, role: str) -> dict[str, int]:
-    listing = folder / f"{role}.json"
-    try:
-        listed = json.loads(listing.read_text(encoding="utf-8-sig"))
-        if not listed or not all(type(label) is int for label in listed.values()):
-            raise ValueError("a class is no integer, or the list is empty")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{listing} is no list like {{'<image>': <class>}} ({error}): get it again"
-        ) from None
-    if len(listed) > task.count([role]):
-        raise DataError(f"{listing} has {len(listed)} images, {task.name} has {task.count([role])}")
-    return listed
+def kitti_distance(label_file: str) -> int:
+    """The class 0..3 of the nearest car, van or truck: to 8 m, to 20 m, farther, none."""
+    nearest = 1000.0
+    for line in label_file.splitlines():
+        fields = line.split()
+        if fields[0] in ("Car", "Van", "Truck"):
+            nearest = min(nearest, float(fields[13]))
+    return _edges([-100, 8, 20, 999], nearest)
 
 
 # What a task's flags are if left out. vtab-1k and fgvc: the field's common recipe (AdapterPlus) on
@@ -216,58 +91,127 @@ DEMO = {"model": "vit_nano", "epochs": 20, "lr": 8e-3, "drop_path": 0.0}
 PRETRAINING = {"model": "vit_nano", "epochs": 12, "lr": 1e-3, "drop_path": 0.1}
 
 
-def _vtab(group: str, name: str, classes: int, test: int, *aliases: str) -> Task:
-    origin, verified = "prepared folder only", "not rebuilt"
-    if name in ORIGINALS:
-        origin, verified = ORIGINALS[name].get, "rule only"
-    if name in ("cifar", "caltech101", "eurosat"):
-        verified = "published list"
-    what = name, "vtab-1k", group, classes, (800, 200, test), origin, aliases, verified
-    return Task(*what, read=read_vtab, augment="none", recipe=COMMON)
+def _vtab(group, name, classes, aliases, reader, place, get, *fetch, needs="", note="") -> Task:
+    """A row of VTAB-1k; names in `aliases`, `place` and `needs` have spaces between."""
+    original = Original(reader, tuple(place.split()), get, fetch, tuple(needs.split()), note)
+    sizes, verified = CUTS[name].sizes(), CONSTANTS["evidence"][name]
+    names = tuple(aliases.split())
+    row = name, "vtab-1k", group, classes, sizes, get, names, verified, read_vtab
+    return Task(*row, "none", COMMON, original, ("original", "prepared"))
 
 
-def _fgvc(group: str, name: str, classes: int, sizes: tuple, origin: str, *aliases: str) -> Task:
-    what = name, "fgvc", group, classes, sizes, origin, aliases, "published list"
-    return Task(*what, read=read_fgvc, augment="crop", recipe=COMMON)
+def _fgvc(group, name, classes, sizes, origin, aliases="", original=None) -> Task:
+    verified = "originals" if original else "counts only"
+    row = name, "fgvc", group, classes, sizes, origin, tuple(aliases.split()), verified, read_fgvc
+    return Task(*row, "crop", COMMON, original)
 
 
-def _embedded(name: str, benchmark: str, recipe: dict, origin: str, *aliases: str) -> Task:
-    what = name, benchmark, "demo", 10, CUTS[name].sizes(), origin, aliases, ""
-    return Task(*what, read=read_embedded, augment="none", recipe=recipe)
+def _demo(name, benchmark, recipe, origin, aliases, original) -> Task:
+    row = name, benchmark, "demo", 10, CUTS[name].sizes(), origin, aliases, "", read_embedded
+    return Task(*row, "none", recipe, original)
 
 
-_ROWS = [
-    _vtab("natural", "cifar", 100, 10000, "cifar100", "cifar_100"),
-    _vtab("natural", "caltech101", 102, 6084, "caltech", "caltech_101"),
-    _vtab("natural", "dtd", 47, 1880, "describable_textures"),
-    _vtab("natural", "oxford_flowers102", 102, 6149, "flowers102", "vtab_flowers"),
-    _vtab("natural", "oxford_iiit_pet", 37, 3669, "pets", "pet", "oxford_pet", "oxford_pets"),
-    _vtab("natural", "svhn", 10, 26032, "svhn_cropped"),
-    _vtab("natural", "sun397", 397, 21750, "sun", "sun_397"),
-    _vtab("specialized", "patch_camelyon", 2, 32768, "camelyon", "pcam"),
-    _vtab("specialized", "eurosat", 10, 5400, "euro_sat"),
-    _vtab("specialized", "resisc45", 45, 6300, "resisc"),
-    _vtab("specialized", "diabetic_retinopathy", 5, 42670, "retinopathy"),
-    _vtab("structured", "clevr_count", 8, 15000, "clevr_count_all"),
-    _vtab("structured", "clevr_dist", 6, 15000, "clevr_closest", "clevr_distance"),
-    _vtab("structured", "dmlab", 6, 22735),
-    _vtab("structured", "kitti", 4, 711, "kitti_dist", "kitti_distance"),
-    _vtab("structured", "dsprites_loc", 16, 73728, "dsprites_location", "dsprites_position"),
-    _vtab("structured", "dsprites_ori", 16, 73728, "dsprites_orientation"),
-    _vtab("structured", "smallnorb_azi", 18, 12150, "smallnorb_azimuth"),
-    _vtab("structured", "smallnorb_ele", 9, 12150, "smallnorb_elevation"),
-    _fgvc("birds", "cub", 200, (5394, 600, 5794), "CUB-200-2011", "cub200", "cub_200_2011"),
+def digits(root: Path, split: str) -> originals.Content:
+    with np.load(Path(__file__).resolve().parent / "demo" / "digits.npz") as file:
+        return originals.in_memory(file["images"], file["labels"])
+
+
+def fashion_mnist(root: Path, split: str) -> originals.Content:
+    content = datasets.FashionMNIST(root, train=split == "train")
+    return originals.in_memory(content.data.numpy(), content.targets)
+
+
+# fmt: off
+_folders = originals.class_folders
+_PCAM = "pcam/camelyonpatch_level_2_split_"
+_CLEVR = "CLEVR_v1.0", "https://dl.fbaipublicfiles.com/clevr/CLEVR_v1.0.zip (19 GB)"
+_DSPRITES = ("dsprites_ndarray_*64x64.npz",
+             "https://github.com/google-deepmind/dsprites-dataset (the .npz file)")
+_NORB = ("smallnorb-*-training-dat.mat* smallnorb-*-training-info.mat* "
+         "smallnorb-*-testing-dat.mat* smallnorb-*-testing-info.mat*",
+         "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/ (dat and info, training and testing)")
+_FLOWERS = ("flowers-102/jpg flowers-102/setid.mat flowers-102/imagelabels.mat",
+            "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (345 MB: 102flowers.tgz, "
+            "setid.mat, imagelabels.mat)", datasets.Flowers102)
+TABLE = [
+    _vtab("natural", "cifar", 100, "cifar100 cifar_100", originals.cifar, "cifar-100-python",
+          "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz (169 MB)", datasets.CIFAR100),
+    _vtab("natural", "caltech101", 102, "caltech caltech_101",
+          partial(_folders, name="caltech101", place="caltech101/101_ObjectCategories"),
+          "caltech101/101_ObjectCategories",
+          "https://data.caltech.edu/records/mzrjq-6wc02 (137 MB: 101_ObjectCategories.tar.gz)",
+          datasets.Caltech101),
+    _vtab("natural", "dtd", 47, "describable_textures", originals.dtd, "dtd/dtd",
+          "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz (625 MB)",
+          datasets.DTD),
+    _vtab("natural", "oxford_flowers102", 102, "flowers102 vtab_flowers", originals.flowers,
+          *_FLOWERS, needs="scipy"),
+    _vtab("natural", "oxford_iiit_pet", 37, "pets pet oxford_pet oxford_pets", originals.pets,
+          "oxford-iiit-pet/images oxford-iiit-pet/annotations",
+          "https://www.robots.ox.ac.uk/~vgg/data/pets/ (811 MB: images.tar.gz, annotations.tar.gz)",
+          datasets.OxfordIIITPet),
+    _vtab("natural", "svhn", 10, "svhn_cropped", originals.svhn, "train_32x32.mat test_32x32.mat",
+          "http://ufldl.stanford.edu/housenumbers/ (246 MB: train_32x32.mat, test_32x32.mat)",
+          partial(datasets.SVHN, split="train"), partial(datasets.SVHN, split="test"),
+          needs="scipy"),
+    _vtab("natural", "sun397", 397, "sun sun_397", originals.sun397, "SUN397",
+          "https://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz (37 GB)",
+          note="at full size, which TFDS shrinks to 120,000 pixels"),
+    _vtab("specialized", "patch_camelyon", 2, "camelyon pcam", originals.pcam,
+          f"{_PCAM}train_x.h5 {_PCAM}train_y.h5 {_PCAM}valid_x.h5 {_PCAM}valid_y.h5 "
+          f"{_PCAM}test_x.h5 {_PCAM}test_y.h5",
+          "https://zenodo.org/record/2546921 (8 GB: six .h5.gz files, to be unpacked)",
+          *[partial(datasets.PCAM, split=split) for split in ("train", "val", "test")],
+          needs="h5py"),
+    _vtab("specialized", "eurosat", 10, "euro_sat",
+          partial(_folders, name="eurosat", place="eurosat/2750"), "eurosat/2750",
+          "https://huggingface.co/datasets/torchgeo/eurosat (94 MB: EuroSAT.zip)",
+          datasets.EuroSAT),
+    _vtab("specialized", "resisc45", 45, "resisc",
+          partial(_folders, name="resisc45", place="NWPU-RESISC45"), "NWPU-RESISC45",
+          "https://1drv.ms/u/s!AmgKYzARBl5ca3HNaHIlzp_IXjs (NWPU-RESISC45.rar)"),
+    _vtab("specialized", "diabetic_retinopathy", 5, "retinopathy", originals.retinopathy,
+          "trainLabels.csv retinopathy_solution.csv",
+          "https://www.kaggle.com/c/diabetic-retinopathy-detection (trainLabels.csv, images, to be "
+          "preprocessed, in train/ and test/) and https://storage.googleapis.com/"
+          "kaggle-forum-message-attachments/90528/2877/retinopathy_solution.csv"),
+    _vtab("structured", "clevr_count", 8, "clevr_count_all",
+          partial(originals.clevr, label=clevr_count), *_CLEVR),
+    _vtab("structured", "clevr_dist", 6, "clevr_closest clevr_distance",
+          partial(originals.clevr, label=clevr_distance), *_CLEVR),
+    _vtab("structured", "dmlab", 6, "", originals.dmlab,
+          "dmlab-train.tfrecord* dmlab-validation.tfrecord* dmlab-test.tfrecord*",
+          "https://storage.googleapis.com/dmlab-vtab/dmlab.tar.gz (3 GB)"),
+    _vtab("structured", "kitti", 4, "kitti_dist kitti_distance",
+          partial(originals.kitti, label=kitti_distance),
+          "training/image_2 training/label_2 mapping/train_rand.txt mapping/train_mapping.txt",
+          "https://www.cvlibs.net/datasets/kitti/eval_object.php (left colour images, labels, "
+          "devkit: 13 GB)"),
+    _vtab("structured", "dsprites_loc", 16, "dsprites_location dsprites_position",
+          partial(originals.dsprites, label=lambda found: found[:, 4] // 2), *_DSPRITES),
+    _vtab("structured", "dsprites_ori", 16, "dsprites_orientation",
+          partial(originals.dsprites, label=lambda found: found[:, 3] * 2 // 5), *_DSPRITES),
+    _vtab("structured", "smallnorb_azi", 18, "smallnorb_azimuth",
+          partial(originals.smallnorb, label=lambda infos: infos[:, 2] // 2), *_NORB),
+    _vtab("structured", "smallnorb_ele", 9, "smallnorb_elevation",
+          partial(originals.smallnorb, label=lambda infos: infos[:, 1]), *_NORB),
+    _fgvc("birds", "cub", 200, (5394, 600, 5794), "CUB-200-2011", "cub200 cub_200_2011"),
     _fgvc("birds", "nabirds", 555, (21536, 2393, 24633), "NABirds"),
-    _fgvc(
-        *("flowers", "oxford_flowers", 102, (1020, 1020, 6149), "Oxford Flowers 102"),
-        *("fgvc_flowers", "oxfordflower"),
-    ),
+    _fgvc("flowers", "oxford_flowers", 102, (1020, 1020, 6149), "Oxford Flowers 102",
+          "fgvc_flowers oxfordflower",
+          Original(originals.flowers, tuple(_FLOWERS[0].split()), _FLOWERS[1], _FLOWERS[2:],
+                   ("scipy",))),
     _fgvc("dogs", "stanford_dogs", 120, (10800, 1200, 8580), "Stanford Dogs", "dogs"),
     _fgvc("cars", "stanford_cars", 196, (7329, 815, 8041), "Stanford Cars", "cars"),
-    _embedded("digits", "demo", DEMO, "embedded UCI handwritten digits"),
-    _embedded("fashion_mnist", "pretraining", PRETRAINING, "Fashion-MNIST", "fashion"),
+    _demo("digits", "demo", DEMO, "embedded UCI handwritten digits", (),
+          Original(digits, (), "this repository")),
+    _demo("fashion_mnist", "pretraining", PRETRAINING, "Fashion-MNIST", ("fashion",),
+          Original(fashion_mnist, ("FashionMNIST/raw/train-images-idx3-ubyte",),
+                   "https://github.com/zalandoresearch/fashion-mnist (30 MB: four files, unpacked)",
+                   (datasets.FashionMNIST,))),
 ]
-TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
+# fmt: on
+TASKS: dict[str, Task] = {task.name: task for task in TABLE}
 
 
 def tasks_of(benchmark: str | None) -> list[Task]:
@@ -313,36 +257,94 @@ def load(
     Images are img_size x img_size RGB. `source` is for VTAB-1k: "original" (downloaded if need be
     and `download`), "prepared", or "auto", the originals unless they cannot be had. Raises
     DataError, naming the file and the remedy, for an unknown task, data that are not there, and
-    data that are damaged or have wrong counts or labels. A test list shorter than the official one
-    is read, and is not `official`.
+    data that are damaged or have wrong counts or keys. A prepared list that is too short or has
+    other labels is read, but not `official`.
     """
     task, root = find_task(name), Path(root)
     if split not in ("trainval", "train") or source not in SOURCES:
         raise ValueError(f"split must not be {split!r}, or source not {source!r}")
-    selections = [("train", "val"), ("test",)] if split == "trainval" else [("train",), ("val",)]
-    found = task.read(task, root, selections, source, download)
-    official, notes, paths = True, [], []
-    for selection, images, labels in zip(selections, found.images, found.labels, strict=True):
-        count, role = task.count(selection), selection[0]
-        if len(labels) == count:
-            notes.append(f"{len(labels)} {role}")
-        else:
-            notes.append(f"{len(labels)} of {count} {role} (subset)")
-            official = False
-        if not isinstance(images, np.ndarray):
-            paths += images
-    description = f"{found.description}, {' / '.join(notes)}"
+    selections = {"train": ["train"], "val": ["val"]}
+    if split == "trainval":
+        selections = {"train": ["train", "val"], "test": ["test"]}
+    found = task.read(task, root, sum(selections.values(), []), source, download)
+    official, counts, paths = found.agrees, [], []
+    for use, roles in selections.items():
+        count = sum(len(found.labels[role]) for role in roles)
+        size = sum(task.sizes[NUMBER[role]] for role in roles)
+        official = official and count == size
+        counts.append(f"{count} of {size} {use} (subset)" if count < size else f"{count} {use}")
+        for role in roles:
+            paths += [image for image in found.images[role] if isinstance(image, Path)]
+    proof = f" ({'; '.join(found.notes)})" if found.notes else ""
+    formats = f", {'+'.join(sorted(found.formats))} images" if found.formats else ""
+    notes = [f"{found.title}{proof}{formats}, {' / '.join(counts)}"]
     repeated = len(paths) - len(set(paths))
     if repeated:
-        description, official = f"{description}; {repeated} images are repeated", False
+        notes.append(f"{repeated} images are repeated")
     declared = root / task.benchmark / task.name / "SUBSET"
-    if found.source == "prepared" and declared.exists():
-        why = " ".join(declared.read_text().split())
-        description, official = f"{description}; SUBSET: {why}", False
-    cache = None
+    is_declared = found.source == "prepared" and declared.exists()
+    if is_declared:
+        notes.append(f"SUBSET: {' '.join(declared.read_text().split())}")
+    both = []
+    for roles in selections.values():
+        images = join([found.images[role] for role in roles])
+        labels = np.concatenate([found.labels[role] for role in roles])
+        both.append(Images(images, labels, img_size, augment=task.augment))
+        both[-1].source = found.source
+        both[-1].official = official and not repeated and not is_declared
+        both[-1].digests = found.digests
+        both[-1].description = "; ".join(notes)
     if task.benchmark in SUITES.values():
-        cache = root / "cache" / f"{task.name}-{found.source}-{split}-{img_size}.safetensors"
-    shared = {"img_size": img_size, "augment": task.augment, "source": found.source}
-    shared |= {"official": official, "description": description}
-    train = Images(found.images[0], found.labels[0], cache=cache, **shared)
-    return train, Images(found.images[1], found.labels[1], **shared)
+        cache = f"{task.name}-{found.source}-{split}-{img_size}.safetensors"
+        both[0].cache = root / "cache" / cache
+    return tuple(both)
+
+
+def report(task: Task, root: Path) -> bool:
+    """Print a task's row, what of it is in <root>, and its proof; False if something is damaged."""
+    train, val, test = task.sizes
+    print(f"{task.name:21}{task.classes:4}{train:7}{val:6}{test:7}  {task.verified}")
+    missing, is_whole = [], True
+    for source in task.sources:
+        try:
+            _, images = load(task.name, root, source=source, download=False)
+        except Missing as error:
+            missing.append(error)
+            continue
+        except DataError as error:
+            print(f"    DAMAGED: {error}")
+            is_whole = False
+            continue
+        print(f"    {'official' if images.official else 'NOT OFFICIAL'}: {images.description}")
+        for name, digest in images.digests.items():
+            print(f"        {name:16} sha256 {digest}")
+    if len(missing) == len(task.sources):
+        print(f"    not there: {missing[0]}")
+    return is_whole
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 0, 1 if something is damaged, 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(
+        description="The table of tasks: classes, training, validation and test images, what "
+        "agrees with our official split, and what is there, proven. Downloads and trains nothing."
+    )
+    flag = parser.add_argument
+    flag("--data-dir", default="data", help="the folder of all data sets (default: data)")
+    flag("--dataset", nargs="+", default=list(SUITES), help="tasks, vtab, fgvc (default: both)")
+    args = parser.parse_args(arguments)
+    try:
+        if not Path(args.data_dir).is_dir():
+            raise DataError(f"--data-dir: there is no folder {args.data_dir}")
+        tasks = []
+        for name in args.dataset:
+            tasks += tasks_of(SUITES.get(name)) or [find_task(name)]
+    except DataError as error:
+        print(f"data.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{'task':18}classes  train   val   test  what agrees with our official split")
+    return 0 if all([report(task, Path(args.data_dir)) for task in tasks]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,8 @@
-"""Images of a task as tensors: decoded, resized, cropped, kept in memory and on disk, batched.
+"""Images: lists and files as they lie on disk, decoding, augmentation, batches and the cache.
 
-    train.prepare(device)                                           # decoded once, or from a cache
-    for images, labels in train.epoch(order, 64, seed="0 0"): ...   # (B, 3, S, S) uint8, (B,)
-    for images, labels in test.batches(64): ...                     # decoded as they come
-
-Nothing here knows of tasks; data.py says which files and labels belong to one.
+train.prepare(device)                               # decoded once, then read from a cache
+for x, y in train.epoch(order, 64, seed="0 0"): ... # (B, 3, S, S) uint8, (B,)
+for x, y in test.batches(64): ...                   # decoded as they come, by workers
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import io
 import math
 import multiprocessing
 import os
@@ -31,14 +30,70 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from splits import UNREADABLE, DataError
+from splits import DataError
 
+# how Pillow says that a file is no image
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 FEW = 5e6  # pixels that are decoded before a worker process has started
 BICUBIC = TF.InterpolationMode.BICUBIC
 NORMALIZE = {  # channel mean and std
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+Item = Path | bytes | np.ndarray  # a file, an encoded image, or pixels (H, W) or (H, W, 3) of uint8
+
+
+def open_image(item: Item) -> Image.Image:
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item)
+    return Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
+
+
+def image_format(item: Item, where: str) -> str:
+    """The file format of an image, by its header; DataError, naming `where`, without one."""
+    try:
+        with open_image(item) as image:
+            return image.format
+    except UNREADABLE as error:
+        reason = f"is not a readable image ({type(error).__name__})"
+        if isinstance(error, FileNotFoundError):
+            reason = "does not exist"
+        raise DataError(f"{where}: {_name(item)} {reason}; unpack the archive again") from None
+
+
+def _name(item: Item) -> str:
+    return str(item) if isinstance(item, Path) else "in its file"
+
+
+def find(root: Path, pattern: str, depth: int = 4) -> Path | None:
+    """The first match of a pattern in a folder and the levels below it, `depth` in all."""
+    for level in range(depth):
+        found = sorted(root.glob("*/" * level + pattern))
+        if found:
+            return found[0]
+    return None
+
+
+def lines(listing: Path) -> list[tuple[str, str]]:
+    """("<file>, line <n>", line) of each line that is not blank; DataError without a file."""
+    try:
+        text = listing.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"no list {listing} ({error}): the folder is damaged, unpack it again"
+        ) from None
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            found.append((f"{listing}, line {number}", line.strip()))
+    return found
+
+
+def inside(name: str, where: str | Path) -> str:
+    """The relative path `name`, if it stays in its folder; else DataError."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"{where}: {name} leads out of the task's folder")
+    return name
 
 
 class Images(Dataset):
@@ -47,10 +102,11 @@ class Images(Dataset):
     Item i is (image (3, S, S) uint8, label int), the same at every reading: the test view, or with
     `seed` set, a random crop and flip that depend on the seed and i alone.
 
-    Attributes: `items` (paths, or arrays (H, W) or (H, W, 3) of uint8), `labels` (N,) int64,
-    `augment` ("none": the whole image at S x S; "crop": the centre crop, and random ones in
-    `epoch`), `source` ("original", "prepared", "lists", "embedded"), `official` (whether this is
-    the benchmark's own split, whole), `description` (that for people), `cache` (a file or None).
+    Attributes: `items` (N), `labels` (N,) int64, `augment` ("none": the whole image at S x S;
+    "crop": the centre crop, and random ones in `epoch`), `source` ("original", "prepared", "lists",
+    "embedded"), `official` (whether this is the benchmark's own split, whole, as far as it can be
+    proven), `digests` (sha256 of the keys, or labels, of each slice), `description` (that for
+    people, no more), `cache` (a file or None).
     """
 
     def __init__(
@@ -62,6 +118,7 @@ class Images(Dataset):
         augment: str = "none",
         source: str = "",
         official: bool = False,
+        digests: dict[str, str] | None = None,
         description: str = "",
         cache: Path | None = None,
     ) -> None:
@@ -71,6 +128,7 @@ class Images(Dataset):
         self.augment = augment
         self.source = source
         self.official = official
+        self.digests = digests or {}
         self.description = description
         self.cache = cache
         # the resized image's short side before the crop: 256 for 224
@@ -107,10 +165,9 @@ class Images(Dataset):
         """Image i in RGB, at S x S, or before a crop with its short side at the crop's measure."""
         item = self.items[i]
         try:
-            image = Image.open(item) if isinstance(item, Path) else Image.fromarray(item)
-            image = image.convert("RGB")
+            image = open_image(item).convert("RGB")
         except UNREADABLE as error:
-            raise DataError(f"cannot read image {item}: {error}; get the file again") from error
+            raise DataError(f"cannot read image {_name(item)}: {error}; get it again") from error
         return TF.resize(image, self.short or [self.img_size, self.img_size], BICUBIC)
 
     def prepare(self, device: torch.device | str = "cpu", workers: int = 4) -> None:
@@ -141,9 +198,8 @@ class Images(Dataset):
         yield from self._load(range(len(self)), batch_size, workers)
 
     def _load(self, order: Sequence[int], batch_size: int, workers: int) -> Iterator:
-        in_memory = self.items is not self.files or isinstance(self.files, np.ndarray)
         can_fork = "fork" in multiprocessing.get_all_start_methods()
-        if in_memory and not can_fork:
+        if not can_fork and not isinstance(self.items[0], Path):
             workers = 0  # each process would be sent all pixels
         if len(order) * self.img_size**2 < FEW:
             workers = 0
@@ -184,7 +240,8 @@ class Images(Dataset):
         above `limit` bytes (default: half of the machine's memory). True if they are held."""
         need = 0
         for item in self.files:
-            width, height = _size(item)
+            with open_image(item) as image:
+                width, height = image.size
             long_side = int(self.short * max(width, height) / min(width, height))
             need += 3 * self.short * long_side
         limit = _memory() // 2 if limit is None else limit
@@ -210,31 +267,28 @@ class Images(Dataset):
     def fingerprint(self) -> str:
         """A digest of size, labels and files with their times of change: for what is kept on this
         machine, the cache and a run's state."""
-        stats = [path.stat() for path in self._paths()]
-        files = [
-            f"{path} {stat.st_size} {stat.st_mtime_ns}\n"
-            for path, stat in zip(self._paths(), stats, strict=True)
-        ]
-        return self._sha256(f"{self.img_size} {self.short}", files)
+        return self._sha256(f"{self.img_size} {self.short}", lambda path: f"{path}", True)
 
     def digest(self) -> str:
         """A digest of labels and images, these by value, or by name and length of their files:
         the same wherever and whenever they are read, and at every image size."""
-        paths = self._paths()
-        top = os.path.commonpath([path.parent for path in paths]) if paths else ""
-        files = [f"{path.relative_to(top).as_posix()} {path.stat().st_size}\n" for path in paths]
-        return self._sha256("", files)
+        top = ""
+        if isinstance(self.files[0], Path):
+            top = os.path.commonpath([path.parent for path in self.files])
+        return self._sha256("", lambda path: path.relative_to(top).as_posix(), False)
 
-    def _paths(self) -> Sequence[Path]:
-        return () if isinstance(self.files, np.ndarray) else self.files
-
-    def _sha256(self, head: str, files: list[str]) -> str:
+    def _sha256(self, head: str, name: Callable[[Path], str], with_time: bool) -> str:
         digest = hashlib.sha256(head.encode())
         digest.update(self.labels.numpy())
         if isinstance(self.files, np.ndarray):
             digest.update(np.ascontiguousarray(self.files))
-        for line in files:
-            digest.update(line.encode())
+            return digest.hexdigest()
+        for item in self.files:
+            if isinstance(item, Path):
+                stat = item.stat()
+                time = f" {stat.st_mtime_ns}" if with_time else ""
+                item = f"{name(item)} {stat.st_size}{time}\n".encode()
+            digest.update(item)
         return digest.hexdigest()
 
     def _cached(self, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -269,24 +323,15 @@ def _collate(items: list[tuple[Tensor, int]] | DataError) -> list[Tensor] | Data
 
 
 def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _memory() -> int:
     """The machine's memory in bytes, where it tells."""
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 8 << 30
-
-
-def _size(item: Path | np.ndarray) -> tuple[int, int]:
-    """Width and height of an image, by its file's header."""
-    if isinstance(item, Path):
-        with Image.open(item) as image:
-            return image.size
-    return item.shape[1], item.shape[0]
+    has_it = hasattr(os, "sysconf")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if has_it else 8 << 30
 
 
 def _crc32(tensors: dict[str, Tensor]) -> str:

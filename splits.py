@@ -6,23 +6,33 @@ of that order (Zhai et al. 2019, arXiv 1910.04867). So names are enough to find 
 
     tfds_order(["Forest_Forest_1.jpg", ...], "train")[:800]       # EuroSAT's train800
 
-`CUTS` says for each task where the slices start. At the end stand the few things that every reader
-of image lists needs.
+`VTAB` says for each task where the slices start. splits.json has what outside lists agree with
+them, the sha256 of every slice's keys, joined by newlines, and the images of each class where file
+names follow a rule; splits.npz has what is long: to which split each image of SUN397 belongs,
+labels, and one byte a key to find errors by.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import json
+import re
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-# how Pillow says that a file is no image
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+FOLDER = Path(__file__).resolve().parent
+CONSTANTS = json.loads((FOLDER / "splits.json").read_text())
+ROLES = {"train": "train800", "val": "val200", "test": "test"}  # and their names in VTAB-1k
+SUN397_UNUSED = "/c/church/outdoor/sun_bhenjvsvrtumjuri.jpg"  # TFDS cannot decode it
+# test images of a draw that is in circulation too: another machine's order of directories
+OTHER_DRAWS = {"caltech101": 6085}
 
 
 class DataError(ValueError):
@@ -47,11 +57,14 @@ def tfds_order(keys: Iterable, split: str) -> list:
 
 
 class Slice(NamedTuple):
-    """`count` images of a split of TFDS, from number `start` on."""
+    """The images start .. stop - 1 of a split of TFDS."""
 
     split: str
     start: int
-    count: int
+    stop: int
+
+    def count(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -65,90 +78,74 @@ class Cut:
     train: Slice
     val: Slice
     test: Slice
-    ordered: bool = True
+    ordered: bool
 
     def sizes(self) -> tuple[int, int, int]:
         """Images of train, val and test."""
-        return self.train.count, self.val.count, self.test.count
+        return self.train.count(), self.val.count(), self.test.count()
 
     def rows(self, role: str, keys: Sequence) -> list[int]:
         """The row numbers of the slice "train", "val" or "test", given its split's keys."""
         wanted: Slice = getattr(self, role)
-        stop = wanted.start + wanted.count
         if not self.ordered:
-            return list(range(wanted.start, stop))
+            return list(range(wanted.start, wanted.stop))
         row_of = {key: row for row, key in enumerate(keys)}
         order = tfds_order(keys, wanted.split)
-        return [row_of[key] for key in order[wanted.start : stop]]
+        return [row_of[key] for key in order[wanted.start : wanted.stop]]
 
 
-def _vtab(counts: dict[str, int], val: tuple[str, int], test: tuple[str, int, int]) -> Cut:
-    return Cut(counts, Slice("train", 0, 800), Slice(*val, 200), Slice(*test))
-
-
-_CLEVR = _vtab(
-    {"train": 70_000, "validation": 15_000}, ("train", 63_000), ("validation", 0, 15_000)
-)
-_DSPRITES = _vtab({"train": 737_280}, ("train", 589_824), ("train", 663_552, 73_728))
-_NORB = _vtab({"train": 24_300, "test": 24_300}, ("test", 0), ("test", 12_150, 12_150))
-_FLOWERS = {"train": 1020, "validation": 1020, "test": 6149}
-CUTS: dict[str, Cut] = {
-    "cifar": _vtab({"train": 50_000, "test": 10_000}, ("train", 45_000), ("test", 0, 10_000)),
-    "caltech101": _vtab({"train": 3060, "test": 6084}, ("train", 2754), ("test", 0, 6084)),
-    "dtd": _vtab(
-        {"train": 1880, "validation": 1880, "test": 1880}, ("validation", 0), ("test", 0, 1880)
-    ),
-    "oxford_flowers102": _vtab(_FLOWERS, ("validation", 0), ("test", 0, 6149)),
-    "oxford_iiit_pet": _vtab({"train": 3680, "test": 3669}, ("train", 2944), ("test", 0, 3669)),
-    "svhn": _vtab({"train": 73_257, "test": 26_032}, ("train", 65_931), ("test", 0, 26_032)),
-    "patch_camelyon": _vtab(
-        {"train": 262_144, "validation": 32_768, "test": 32_768},
-        ("validation", 0),
-        ("test", 0, 32_768),
-    ),
-    "eurosat": _vtab({"train": 27_000}, ("train", 16_200), ("train", 21_600, 5400)),
-    "clevr_count": _CLEVR,
-    "clevr_dist": _CLEVR,
-    "kitti": _vtab(
-        {"train": 6347, "validation": 423, "test": 711}, ("validation", 0), ("test", 0, 711)
-    ),
-    "dsprites_loc": _DSPRITES,
-    "dsprites_ori": _DSPRITES,
-    "smallnorb_azi": _NORB,
-    "smallnorb_ele": _NORB,
-    # not of VTAB-1k: in the order of their own lists
-    "oxford_flowers": Cut(
-        _FLOWERS,
-        Slice("train", 0, 1020),
-        Slice("validation", 0, 1020),
-        Slice("test", 0, 6149),
-        ordered=False,
-    ),
-    "digits": Cut(
-        {"train": 1797},
-        Slice("train", 0, 800),
-        Slice("train", 800, 200),
-        Slice("train", 1000, 797),
-        ordered=False,
-    ),
-    "fashion_mnist": Cut(
-        {"train": 60_000, "test": 10_000},
-        Slice("train", 0, 50_000),
-        Slice("train", 50_000, 10_000),
-        Slice("test", 0, 10_000),
-        ordered=False,
-    ),
+VTAB = {  # val200 and test, as slices of TFDS's splits; train800 is train[:800] of all
+    "cifar": ("train[45000:45200]", "test[:10000]"),
+    "caltech101": ("train[2754:2954]", "test[:6084]"),
+    "dtd": ("validation[:200]", "test[:1880]"),
+    "oxford_flowers102": ("validation[:200]", "test[:6149]"),
+    "oxford_iiit_pet": ("train[2944:3144]", "test[:3669]"),
+    "svhn": ("train[65931:66131]", "test[:26032]"),
+    "sun397": ("validation[:200]", "test[:21750]"),
+    "patch_camelyon": ("validation[:200]", "test[:32768]"),
+    "eurosat": ("train[16200:16400]", "train[21600:27000]"),
+    "resisc45": ("train[18900:19100]", "train[25200:31500]"),
+    "diabetic_retinopathy": ("validation[:200]", "test[:42670]"),
+    "clevr_count": ("train[63000:63200]", "validation[:15000]"),
+    "clevr_dist": ("train[63000:63200]", "validation[:15000]"),
+    "dmlab": ("validation[:200]", "test[:22735]"),
+    "kitti": ("validation[:200]", "test[:711]"),
+    "dsprites_loc": ("train[589824:590024]", "train[663552:737280]"),
+    "dsprites_ori": ("train[589824:590024]", "train[663552:737280]"),
+    "smallnorb_azi": ("test[:200]", "test[12150:24300]"),
+    "smallnorb_ele": ("test[:200]", "test[12150:24300]"),
+}
+OTHERS = {  # train, val and test, in the order of the original lists
+    "oxford_flowers": ("train[:1020]", "validation[:1020]", "test[:6149]"),
+    "digits": ("train[:800]", "train[800:1000]", "train[1000:1797]"),
+    "fashion_mnist": ("train[:50000]", "train[50000:60000]", "test[:10000]"),
 }
 
 
-def draw_caltech101(files: dict[str, set[str]], split: str) -> list[str]:
-    """Keys `<Dir>/<file>` of a split, given each directory's files: TFDS draws 30 for training."""
+def _cut(name: str, texts: Sequence[str], ordered: bool) -> Cut:
+    slices = []
+    for text in texts:
+        split, start, stop = re.fullmatch(r"(\w+)\[(\d*):(\d+)\]", text).groups()
+        slices.append(Slice(split, int(start or 0), int(stop)))
+    return Cut(CONSTANTS["counts"][name], *slices, ordered)
+
+
+CUTS = {name: _cut(name, ("train[:800]", *texts), True) for name, texts in VTAB.items()}
+CUTS |= {name: _cut(name, texts, False) for name, texts in OTHERS.items()}
+
+
+def draw_caltech101(files: dict[str, set[str]], split: str) -> dict[str, tuple[str, str]]:
+    """{key: (directory, file)} of a split, given each directory's files.
+
+    TFDS draws 30 a directory for training. Its draw depends on the order of directories; the
+    official one, 3060 and 6084 images, has upper case before lower case.
+    """
     rng = np.random.RandomState(1234)
-    keys = []
-    for name in sorted(files):  # capitals first
-        found = set(files[name])
-        if name == "BACKGROUND_Google":
-            found.add("tmp")  # no image, but one of the published draw's 30
+    keys = {}
+    for folder in sorted(files):
+        found = set(files[folder])
+        if folder == "BACKGROUND_Google":
+            found.add("tmp")  # no image, but listed when the official draw was made
         found = sorted(found)
         drawn = set()
         if len(found) >= 30:
@@ -156,8 +153,178 @@ def draw_caltech101(files: dict[str, set[str]], split: str) -> list[str]:
         for file in found:
             is_of_split = (file in drawn) == (split == "train")
             if is_of_split and file.endswith(".jpg"):
-                keys.append(f"{name}/{file}")
+                keys[f"{folder}/{file}"] = folder, file
     return keys
+
+
+def all_files(files: dict[str, set[str]], split: str) -> dict[str, tuple[str, str]]:
+    """{key: (directory, file)} of all images: the key of EuroSAT and Resisc45 is `<Dir>_<file>`."""
+    keys = {}
+    for folder in files:
+        for file in files[folder]:
+            if file.endswith(".jpg"):
+                keys[f"{folder}_{file}"] = folder, file
+    return keys
+
+
+# originals of one folder a class: how keys are made of files, and the rule of the files' names
+FOLDERS = {
+    "caltech101": (draw_caltech101, "image_{i:04}.jpg"),
+    "eurosat": (all_files, "{folder}_{i}.jpg"),
+    "resisc45": (all_files, "{folder}_{i:03}.jpg"),
+}
+
+
+def from_folders(name: str, files: dict[str, set[str]], split: str) -> tuple[dict, list[int]]:
+    """{key: (directory, file)} and labels of a split of a task of FOLDERS, given the files of each
+    directory. Labels are by the directories' names, upper and lower case alike."""
+    draw, _ = FOLDERS[name]
+    classes = sorted(files, key=str.lower)
+    keys = draw(files, split)
+    return keys, [classes.index(folder) for folder, _ in keys.values()]
+
+
+@cache
+def _official_files(name: str) -> dict[str, set[str]]:
+    _, rule = FOLDERS[name]
+    files = {}
+    for folder, count in CONSTANTS["classes"][name].items():
+        files[folder] = {rule.format(folder=folder, i=i) for i in range(1, count + 1)}
+    return files
+
+
+def check_files(name: str, files: dict[str, set[str]]) -> None:
+    """DataError, naming them, if images of a task of FOLDERS are missing or are not its own."""
+    found, official = set(), set()
+    for folder in files:
+        found |= {f"{folder}/{file}" for file in files[folder] if file.endswith(".jpg")}
+    for folder, names in _official_files(name).items():
+        official |= {f"{folder}/{file}" for file in names}
+    if found == official:
+        return
+    changes = []
+    for role, slice_name in ROLES.items():
+        wanted = getattr(CUTS[name], role)
+        slices = []
+        for listing in (files, _official_files(name)):
+            keys = list(from_folders(name, listing, wanted.split)[0])
+            slices.append({keys[row] for row in CUTS[name].rows(role, keys)})
+        changes.append(f"{len(slices[1] - slices[0])} of {slice_name}")
+    raise DataError(
+        f"{name}: {_some(official - found)} missing, {_some(found - official)} too many, which "
+        f"changes {', '.join(changes)}: get the originals again"
+    )
+
+
+def _some(names: set[str]) -> str:
+    """How many names, and the first three."""
+    shown = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
+    return f"{len(names)} ({shown})" if names else "none"
+
+
+@cache
+def _packed(name: str) -> np.ndarray | None:
+    with np.load(FOLDER / "splits.npz") as file:
+        return file[name] if name in file else None
+
+
+def sha256(values: Iterable) -> str:
+    """The sha256 of values joined by newlines, in hex."""
+    return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()
+
+
+def prove_keys(name: str, role: str, keys: Sequence) -> str:
+    """The sha256 of a slice's keys in order; DataError if it is known to be another one."""
+    digest = sha256(keys)
+    official = CONSTANTS["keys"].get(name, {}).get(ROLES[role], digest)
+    if digest == official:
+        return digest
+    wrong = "keys"
+    codes = _packed(f"{name} codes")  # a byte a key: train800, then val200
+    if codes is not None and role != "test":
+        codes = codes[:800] if role == "train" else codes[800:]
+        found = [zlib.crc32(str(key).encode()) & 255 for key in keys]
+        matcher = SequenceMatcher(None, codes.tolist(), found, autojunk=False)
+        strange = set(keys)
+        for block in matcher.get_matching_blocks():
+            strange -= set(keys[block.b : block.b + block.size])
+        wrong = f"of {len(keys)} keys {_some(strange)}"
+    raise DataError(
+        f"{name}: {ROLES[role]} is not the official one, {wrong} differ from TFDS's list: "
+        "get the originals and their lists again"
+    )
+
+
+class Proof(NamedTuple):
+    """Whether labels agree with the official ones (None: these are not known), and the number,
+    from 1, of the first that does not."""
+
+    agrees: bool | None
+    line: int | None = None
+
+
+def prove_labels(name: str, role: str, labels: Sequence[int]) -> Proof:
+    """Compare labels of a slice, or of its beginning, with the official ones in TFDS's order."""
+    digests = CONSTANTS["labels"].get(name, {}).get(ROLES[role])
+    if digests:  # of TFDS's order, and of that in which it reads several files side by side
+        whole = len(labels) == getattr(CUTS[name], role).count()
+        return Proof(sha256(labels) in digests if whole else None)
+    official = _official_labels(name, role)
+    if official is None:
+        return Proof(None)
+    for line, (found, wanted) in enumerate(zip(labels, official, strict=False), 1):
+        if found != wanted:
+            return Proof(False, line)
+    return Proof(True)
+
+
+def prove_histogram(name: str, role: str, labels: Sequence[int]) -> bool:
+    """Whether each class has as many images in a slice as it should, as far as that is known."""
+    official = CONSTANTS["histograms"].get(name, {}).get(ROLES[role])
+    return official is None or np.bincount(labels, minlength=len(official)).tolist() == official
+
+
+@cache
+def _official_labels(name: str, role: str) -> list[int] | None:
+    packed = _packed(f"{name} labels")  # train800, then val200
+    if packed is not None and role != "test":
+        return packed[:800].tolist() if role == "train" else packed[800:].tolist()
+    if name not in FOLDERS:
+        return None
+    split = getattr(CUTS[name], role).split
+    keys, labels = from_folders(name, _official_files(name), split)
+    return [labels[row] for row in CUTS[name].rows(role, list(keys))]
+
+
+def sun397_split(keys: Iterable[str], split: str) -> tuple[list[str], list[int]]:
+    """The keys `/a/abbey/sun_x.jpg` that TFDS's lists give to a split, and their labels.
+
+    DataError, naming the class, if the keys of all splits are not the official ones.
+    """
+    classes = {}
+    for key in sorted(set(keys) - {SUN397_UNUSED}):
+        classes.setdefault(key.rpartition("/")[0], []).append(key)
+    counts, codes = _packed("sun397 counts"), _packed("sun397 codes")
+    if len(classes) != len(counts):
+        raise DataError(f"sun397: {len(classes)} classes, not {len(counts)}: get SUN397 again")
+    for name, count, code in zip(sorted(classes), counts, codes, strict=True):
+        if len(classes[name]) != count:
+            raise DataError(
+                f"sun397: {name} has {len(classes[name])} images, not {count}: get SUN397 again"
+            )
+        if zlib.crc32("\n".join(classes[name]).encode()) & 0xFFFF != code:
+            raise DataError(f"sun397: an image of {name} has another name: get SUN397 again")
+    packed = _packed("sun397 splits")
+    members = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], 1).ravel()
+    wanted = ("train", "validation", "test").index(split)
+    found, labels, row = [], [], 0
+    for label, name in enumerate(sorted(classes)):
+        for key in classes[name]:
+            if members[row] == wanted:
+                found.append(key)
+                labels.append(label)
+            row += 1
+    return found, labels
 
 
 def draw_kitti(videos: dict[int, str], split: str) -> list[str]:
@@ -172,97 +339,3 @@ def draw_kitti(videos: dict[int, str], split: str) -> list[str]:
         rest = sorted(set(rest) - drawn[name])
     drawn["train"] = set(rest)
     return [f"{image:06d}.png" for image, video in videos.items() if video in drawn[split]]
-
-
-def _edges(edges: list[float], value: float) -> int:
-    """The largest i with edges[i] < value, in float32 as in VTAB's code."""
-    return int(np.searchsorted(np.float32(edges), np.float32(value), side="left")) - 1
-
-
-def clevr_count(objects: list[dict]) -> int:
-    """The class 0..7 of the number of objects, 3 to 10."""
-    return len(objects) - 3
-
-
-def clevr_distance(objects: list[dict]) -> int:
-    """The class 0..5 of the distance of the object nearest to the camera."""
-    nearest = min(item["pixel_coords"][2] for item in objects)
-    return _edges([0, 8, 8.5, 9, 9.5, 10, 100], nearest)
-
-
-def kitti_distance(label_file: str) -> int:
-    """The class 0..3 of the nearest car, van or truck: to 8 m, to 20 m, farther, none."""
-    nearest = 1000.0
-    for line in label_file.splitlines():
-        fields = line.split()
-        if fields[0] in ("Car", "Van", "Truck"):
-            nearest = min(nearest, float(fields[13]))
-    return _edges([-100, 8, 20, 999], nearest)
-
-
-@dataclass(frozen=True)
-class Content:
-    """A split of an original: `keys` (N), `labels` (N,), and images(rows), those rows' images as a
-    list of paths or as an array (len(rows), H, W) or (len(rows), H, W, 3) of uint8."""
-
-    keys: Sequence
-    labels: np.ndarray
-    images: Callable[[list[int]], list[Path] | np.ndarray]
-
-
-def files(folder: Path, keys: list[str], labels: Iterable[int]) -> Content:
-    return Content(keys, np.asarray(labels), lambda numbers: [folder / keys[n] for n in numbers])
-
-
-def rows(images: np.ndarray, labels: Iterable[int]) -> Content:
-    return Content(range(len(images)), np.asarray(labels), lambda numbers: images[numbers])
-
-
-def folders(folder: Path) -> list[str]:
-    """The sorted names of the folders in a folder: the classes of most data sets."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
-
-
-def find(root: Path, pattern: str, depth: int = 4) -> Path | None:
-    """The first match of a pattern in a folder and the levels below it, `depth` in all."""
-    for level in range(depth):
-        found = sorted(root.glob("*/" * level + pattern))
-        if found:
-            return found[0]
-    return None
-
-
-def lines(listing: Path) -> list[tuple[str, str]]:
-    """("<file>, line <n>", line) of each line that is not blank; DataError without a file."""
-    try:
-        text = listing.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"no list {listing} ({error}): the folder is damaged, unpack it again"
-        ) from None
-    found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            found.append((f"{listing}, line {number}", line.strip()))
-    return found
-
-
-def inside(name: str, where: str | Path) -> str:
-    """The relative path `name`, if it stays in its folder; else DataError."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise DataError(f"{where}: {name} leads out of the task's folder")
-    return name
-
-
-def image_format(path: Path, where: str) -> str:
-    """The file format of an image, by its header; DataError, naming `where`, without one."""
-    try:
-        with Image.open(path) as image:
-            return image.format
-    except FileNotFoundError:
-        raise DataError(f"{where}: {path} does not exist; unpack the archive again") from None
-    except UNREADABLE as error:
-        raise DataError(
-            f"{where}: {path} is not a readable image ({type(error).__name__}); "
-            "unpack the archive again"
-        ) from None

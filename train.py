@@ -209,6 +209,7 @@ def run(args: argparse.Namespace) -> dict:
         "data": test.description,
         "official": train.official and test.official,
         "digest": test.digest(),
+        "digests": test.digests,
         "trainable_parameters": counts["trainable"],
         "head_parameters": counts["head"],
         "train_seconds": round(done["seconds"], 1),

@@ -11,10 +11,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model as models
-import originals
+import sources
 import train
 
-FETCH = originals._fetch
+FETCH = sources._fetch
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def _no_network(monkeypatch):
     def refuse(name, original, root):
         raise OSError("tests download nothing")
 
-    monkeypatch.setattr(originals, "_fetch", refuse)
+    monkeypatch.setattr(sources, "_fetch", refuse)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from PIL import Image
 import data
 import images as image_sets
 import originals
+import sources
 import splits
 from data import DataError, load
 
@@ -61,7 +62,8 @@ def test_prepared_folder_against_pillow(prepared):
         assert image.dtype == torch.uint8 and image.shape == (3, 16, 16) and label == i % 100
         assert np.array_equal(image.permute(1, 2, 0), want)
     assert (
-        train.description == "prepared folder, PNG images, 1000 train / 20 of 10000 test (subset)"
+        train.description
+        == "prepared folder (order not proven), PNG images, 1000 train / 20 of 10000 test (subset)"
     )
     train, val = load("cifar", prepared, split="train", img_size=16)
     assert len(train) == 800 and len(val) == 200 and val.description.endswith("800 train / 200 val")
@@ -76,12 +78,13 @@ def test_the_prepared_folder_only_where_the_originals_cannot_be_had(prepared, ca
     )
     with pytest.raises(DataError, match="no .*cifar-100-python: get it by hand"):
         load("cifar", prepared, source="original", download=False)
+    monkeypatch.setitem(splits.CONSTANTS["histograms"], "cifar", {})  # these are not its labels
     pixels = np.zeros((60_000, 2, 2, 3), np.uint8)
     rows = {
-        "train": splits.rows(pixels[:50_000], [0] * 50_000),
-        "test": splits.rows(pixels[50_000:], [1] * 10_000),
+        "train": originals.in_memory(pixels[:50_000], [0] * 50_000),
+        "test": originals.in_memory(pixels[50_000:], [1] * 10_000),
     }
-    monkeypatch.setattr(originals, "read", lambda name, root, split, download: rows[split])
+    monkeypatch.setattr(sources, "whole_split", lambda task, root, split, download: rows[split])
     train, test = load("cifar", prepared)
     assert train.description == "originals, raw images, 1000 train / 10000 test"
     assert train.source == "original" and train.official and test.official
@@ -199,9 +202,9 @@ def test_fgvc_flowers_from_the_originals(tmp_path, monkeypatch):
     rng, parts = np.random.default_rng(0), {}
     for name, count in (("train", 1020), ("validation", 1020), ("test", 6149)):
         keys, labels = [f"{name}{i}.jpg" for i in range(count)], rng.integers(0, 102, count)
-        parts[name] = splits.files(tmp_path, keys, labels)
-    monkeypatch.setattr(data, "image_format", lambda path, where: "JPEG")
-    monkeypatch.setattr(originals, "read", lambda name, root, split, download: parts[split])
+        parts[name] = originals.in_files(tmp_path, keys, labels)
+    monkeypatch.setattr(sources, "image_format", lambda path, where: "JPEG")
+    monkeypatch.setattr(sources, "whole_split", lambda task, root, split, download: parts[split])
     train, test = load("oxford_flowers", tmp_path)
     assert train.description == "originals, JPEG images, 2040 train / 6149 test" and train.official
     assert train.labels.tolist() == [*parts["train"].labels, *parts["validation"].labels]
@@ -256,10 +259,8 @@ def test_missing_folders_and_lists(prepared, tmp_path):
         load("dtd", prepared)
     with pytest.raises(DataError, match=r"dtd: no folder .*vtab-1k/dtd: unpack .*Google Drive"):
         load("dtd", prepared, source="prepared")
-    with pytest.raises(DataError, match=r"sun397: no folder .*vtab-1k/sun397: unpack"):
+    with pytest.raises(DataError, match=r"sun397: no .*/SUN397: get it .*; or unpack a prepared"):
         load("sun397", prepared)
-    with pytest.raises(DataError, match="--source original: sun397 has a prepared folder only"):
-        load("sun397", prepared, source="original")
     root = edited(prepared, tmp_path, "none", None)
     (root / "vtab-1k/cifar/val200.txt").unlink()
     with pytest.raises(DataError, match="no list .*val200.txt"):
@@ -284,7 +285,7 @@ def test_unreadable_images_are_named(prepared, tmp_path, monkeypatch):
     for few in (image_sets.FEW, 0):  # in this process and in workers
         monkeypatch.setattr(image_sets, "FEW", few)
         with pytest.raises(
-            DataError, match=r"^cannot read image \S*bad.png: [^\n]*; get the file "
+            DataError, match=r"^cannot read image \S*bad.png: [^\n]*; get it again$"
         ):
             list(test.batches(8, 2))
 
@@ -337,3 +338,79 @@ def test_fashion_mnist_from_idx_files(tmp_path):
         parts = load("fashion_mnist", tmp_path, split=split, img_size=28, download=False)
         assert tuple(map(len, parts)) == sizes
         assert all(part[7][0][0, 0, 0] == part[7][1] for part in parts)
+
+
+def test_every_task_says_what_agrees_with_its_split():
+    rule_only = {"svhn", "dsprites_loc", "dsprites_ori", "smallnorb_azi", "smallnorb_ele"}
+    for task in data.TASKS.values():
+        if task.benchmark == "vtab-1k":
+            assert (task.verified == "rule only") == (task.name in rule_only)
+            assert task.original and task.sizes == splits.CUTS[task.name].sizes()
+        if task.benchmark == "fgvc":
+            by_originals = task.name == "oxford_flowers"
+            assert task.verified == ("originals" if by_originals else "counts only")
+
+
+def test_the_printed_table(prepared, birds, capsys):
+    shutil.copytree(prepared / "vtab-1k", birds / "vtab-1k", symlinks=True)
+    assert data.main(["--data-dir", str(birds)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if not line.startswith(" ")]
+    names = [task.name for task in data.TASKS.values() if task.benchmark in ("vtab-1k", "fgvc")]
+    assert [row.split()[0] for row in rows] == ["task", *names] and len(names) == 24
+    assert rows[1].split(None, 5) == [
+        *("cifar", "100", "800", "200", "10000"),
+        "train800, val200: VPT's list; test: rule",
+    ]
+    there = lines[lines.index(rows[1]) + 1]
+    assert there.startswith(
+        "    NOT OFFICIAL: prepared folder (order not proven), PNG images, 1000"
+    )
+    digest = lines[lines.index(rows[1]) + 2].split()
+    assert digest[:3] == ["train800", "labels", "sha256"] and len(digest[3]) == 64
+    dtd = lines[[line.split()[0] for line in lines].index("dtd") + 1]
+    assert dtd.startswith("    not there: dtd: no ") and "get it by hand from https" in dtd
+    assert sum("not there" in line for line in lines) == 22
+
+
+def test_the_printed_table_of_damaged_data_and_wrong_arguments(prepared, tmp_path, capsys):
+    root = edited(prepared, tmp_path, "test.txt", lambda x: ["images/test/gone.png 3", *x[1:]])
+    assert data.main(["--data-dir", str(root), "--dataset", "cifar"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[2].startswith("    DAMAGED: ") and out[2].endswith(
+        "gone.png does not exist; unpack the archive again"
+    )
+    for arguments, message in (
+        (
+            ["--data-dir", str(root / "nowhere")],
+            f"--data-dir: there is no folder {root / 'nowhere'}",
+        ),
+        (
+            ["--data-dir", str(root), "--dataset", "cifra"],
+            "unknown dataset 'cifra': did you mean 'cifar'?",
+        ),
+    ):
+        assert data.main(arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.err == f"data.py: error: {message}\n" and not captured.out
+
+
+def test_digests_of_originals_are_stored(monkeypatch, tmp_path):
+    pixels = np.zeros((60_000, 2, 2, 3), np.uint8)
+    labels = {"train": np.zeros(50_000, int), "test": np.repeat(np.arange(100), 100)}
+    order = {split: splits.tfds_order(range(len(labels[split])), split) for split in labels}
+    for role, start in (("train", 0), ("val", 45_000)):
+        counts = splits.CONSTANTS["histograms"]["cifar"][splits.ROLES[role]]
+        classes = np.repeat(np.arange(100), counts)
+        labels["train"][order["train"][start : start + len(classes)]] = classes
+
+    def read(task, root, split, download):
+        return originals.in_memory(pixels[: len(labels[split])], labels[split])
+
+    monkeypatch.setattr(sources, "whole_split", read)
+    train, test = load("cifar", tmp_path)
+    assert train.official and test.digests == splits.CONSTANTS["keys"]["cifar"]
+    assert list(load("cifar", tmp_path, split="train")[1].digests) == ["train800", "val200"]
+    labels["train"][order["train"][45_001]] += 1
+    with pytest.raises(DataError, match="cifar: labels of val200 .* by their count in each class"):
+        load("cifar", tmp_path)

@@ -1,10 +1,11 @@
 """The readers of the originals, on their own files made small, and the download."""
 
-import dataclasses
 import gzip
 import hashlib
+import io
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from PIL import Image
 
 import data
 import originals
-from originals import official
+import sources
+import splits
 from splits import CUTS, Cut, DataError, Missing, Slice
 
 # fmt: off
@@ -43,16 +45,30 @@ def sha256(words):
     return hashlib.sha256(" ".join(map(str, words)).encode()).hexdigest()
 
 
-def cut(name, root):
-    """(images, labels) of the task's three slices."""
-    found = official(name, root, ROLES)
-    return [found[role] for role in ROLES]
+@pytest.fixture(autouse=True)
+def _formats(monkeypatch):
+    """Files may be empty here."""
+    monkeypatch.setattr(sources, "image_format", lambda item, where: "JPEG")
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Let originals have other keys and labels than the official ones."""
+    monkeypatch.setattr(splits, "prove_keys", lambda name, role, keys: splits.sha256(keys))
+    monkeypatch.setattr(splits, "prove_labels", lambda *arguments: splits.Proof(None))
+    monkeypatch.setattr(splits, "prove_histogram", lambda *arguments: True)
+
+
+def cut(name, root, roles=ROLES):
+    """(images, labels) of the task's slices."""
+    found = sources.read_originals(data.TASKS[name], root, roles, "original", True)
+    return [(found.images[role], found.labels[role]) for role in roles]
 
 
 def small(monkeypatch, name, counts, *slices):
     """Let a task's originals be few, cut into these slices (split, start, count)."""
-    few = Cut(counts, *[Slice(*each) for each in slices])
-    monkeypatch.setitem(CUTS, name, few)
+    few = [Slice(split, start, start + count) for split, start, count in slices]
+    monkeypatch.setitem(CUTS, name, Cut(counts, *few, ordered=True))
 
 
 def by_hand(keys, split):
@@ -74,26 +90,26 @@ def caltech(tmp_path_factory):
 
 
 def test_caltech101_slices_are_the_official_ones(caltech):
-    """By the digests of their names, and by the label sequences of a prepared copy."""
+    """By the counts of TFDS's metadata, the digests of the facts, and a prepared copy's labels."""
     assert sum(CALTECH.values()) == 9144
-    (train, train_labels), (val, val_labels), (test, test_labels) = cut("caltech101", caltech)
-    assert len(set(test)) == 6084 and not set(train + val) & set(test)
-    digests = {
-        "b508d3bc3b228f01e14401b4ba49bcb5a14b69174d292aada61e848f54fc84fd": train,
-        "7d66c33f70fd64bea28af098874cf80ba2bbea52b9d3385f24328dd90f2e39c3": val,
-        "e5f1185162dc93b9730e517a94b48dc25db6f627104ef0168aea542d5007876a": test,
+    task = data.TASKS["caltech101"]
+    found = sources.read_originals(task, caltech, ROLES, "original", True)
+    assert CUTS["caltech101"].counts == {"train": 3060, "test": 6084}
+    assert found.digests == {
+        "train800": "b508d3bc3b228f01e14401b4ba49bcb5a14b69174d292aada61e848f54fc84fd",
+        "val200": "7d66c33f70fd64bea28af098874cf80ba2bbea52b9d3385f24328dd90f2e39c3",
+        "test": "e5f1185162dc93b9730e517a94b48dc25db6f627104ef0168aea542d5007876a",
     }
-    for digest, paths in digests.items():
-        keys = [f"{path.parent.name}/{path.name}" for path in paths]
-        assert hashlib.sha256("\n".join(keys).encode()).hexdigest() == digest
-    assert (
-        sha256(train_labels) == "1e309341c718f5bbe644d50f9b7858fd1040ecacc939adaedc9f456e5ada7f4a"
-    )
-    assert sha256(val_labels) == "b96d2bf73bac30c7ffe256f1051b0c566d4f480ad253165128e46a2909cfe774"
-    assert (
-        sha256(test_labels[:500])
-        == "485b0d5728b425122a01c1953250f0396f520ef8a164ee4712dc0b3847736eaf"
-    )
+    training = found.images["train"] + found.images["val"]
+    assert len(set(training)) == 1000 and len(set(found.images["test"])) == 6084
+    assert not set(training) & set(found.images["test"])
+    keys = [f"{path.parent.name}/{path.name}" for path in found.images["train"]]
+    assert splits.sha256(keys) == found.digests["train800"]
+    sha = [splits.sha256(found.labels[role]) for role in ROLES]
+    assert sha[0] == "2fc0f0b1cf916aafe07a8252f7b86730531bd51ccd1d95727583e9ae3376e66b"
+    assert sha[1] == "dbb8738ac957ae9a6eefc5d917c12ec974d132afd10899cb575ce3ab6c7665cb"
+    first = splits.sha256(found.labels["test"][:500])  # as many as the prepared copy has
+    assert first == "fc8e3c5691a621810ec79769fefc14c7712099a63fe7b699ffad002571160f85"
 
 
 def test_caltech101_whether_or_not_the_stray_file_is_there(caltech):
@@ -105,14 +121,33 @@ def test_caltech101_whether_or_not_the_stray_file_is_there(caltech):
     assert all(a[0] == b[0] for a, b in zip(with_it, without, strict=True))
 
 
-def test_a_missing_original_image_is_noticed(caltech):
-    gone = caltech / "caltech101/101_ObjectCategories/wrench/image_0007.jpg"
-    gone.unlink()
-    with pytest.raises(
-        DataError, match=r"caltech101: .* have \d+ test images and \d+ labels, not 6084: remove"
-    ):
+@pytest.mark.parametrize("change", ["renamed", "missing", "added", "moved"])
+def test_a_changed_file_of_caltech101_is_named(caltech, change):
+    folder = caltech / "caltech101/101_ObjectCategories"
+    file, other = folder / "wrench/image_0007.jpg", folder / "wrench/image_7.jpg"
+    if change == "moved":
+        other = folder / "yin_yang/image_0061.jpg"
+    names = {"missing": file, "added": other}
+    if change == "added":
+        other.touch()
+    else:
+        file.rename(other)
+        if change == "missing":
+            other.unlink()
+        else:
+            names = {"missing": file, "added": other}
+    missing = change != "added"
+    added = change != "missing"
+    want = "1 (wrench/image_0007.jpg) missing" if missing else "none missing"
+    with pytest.raises(DataError) as raised:
         cut("caltech101", caltech)
-    gone.touch()
+    other.unlink(missing_ok=True)
+    file.touch()
+    message = str(raised.value)
+    assert message.startswith(f"caltech101: {want}") and "\n" not in message
+    assert (str(names["missing"].relative_to(folder)) in message) == missing
+    assert (str(names["added"].relative_to(folder)) in message) == added
+    assert re.search(r"which changes \d+ of train800, \d+ of val200, [1-9]\d* of test", message)
 
 
 def test_eurosat_slices(tmp_path):
@@ -132,7 +167,7 @@ def test_eurosat_slices(tmp_path):
     assert len(test_labels) == 5400
 
 
-def test_flowers_from_setid(tmp_path):
+def test_flowers_from_setid(tmp_path, made_up):
     savemat = pytest.importorskip("scipy.io", reason="scipy is not installed").savemat
     rng = np.random.default_rng(0)
     labels, ids = rng.integers(1, 103, 8189), rng.permutation(np.arange(1, 8190))
@@ -154,7 +189,7 @@ def test_flowers_from_setid(tmp_path):
         cut("oxford_flowers102", tmp_path)
 
 
-def test_dtd_and_pets_lists(tmp_path):
+def test_dtd_and_pets_lists(tmp_path, made_up):
     classes = [f"class{i:02}" for i in range(47)]
     for name in classes:
         (tmp_path / "dtd/dtd/images" / name).mkdir(parents=True)
@@ -197,7 +232,7 @@ def test_dtd_and_pets_lists(tmp_path):
         cut("oxford_iiit_pet", tmp_path)
 
 
-def test_cifar_rows(tmp_path, monkeypatch):
+def test_cifar_rows(tmp_path, monkeypatch, made_up):
     rng = np.random.default_rng(0)
     (tmp_path / "cifar-100-python").mkdir()
     pixels = {}
@@ -218,9 +253,9 @@ def test_cifar_rows(tmp_path, monkeypatch):
     assert labels.tolist() == [pixels["train labels"][i] for i in order[:80]] and len(test) == 30
     (tmp_path / "cifar-100-python/test").unlink()
     (tmp_path / "cifar-100-python/test").mkdir()  # whoever opens it fails
-    assert np.array_equal(official("cifar", tmp_path, ["train", "val"])["val"][0], val)
+    assert np.array_equal(cut("cifar", tmp_path, ["train", "val"])[1][0], val)
     with pytest.raises(DataError, match="cifar: the originals at .* are damaged"):
-        official("cifar", tmp_path, ["test"])
+        cut("cifar", tmp_path, ["test"])
 
 
 def test_damaged_cifar_is_an_error_not_a_reason_to_read_something_else(tmp_path):
@@ -233,7 +268,7 @@ def test_damaged_cifar_is_an_error_not_a_reason_to_read_something_else(tmp_path)
     assert not isinstance(raised.value, Missing)
 
 
-def test_svhn_digit_zero_is_class_zero(tmp_path, monkeypatch):
+def test_svhn_digit_zero_is_class_zero(tmp_path, monkeypatch, made_up):
     savemat = pytest.importorskip("scipy.io", reason="scipy is not installed").savemat
     rng = np.random.default_rng(0)
     images = {
@@ -252,7 +287,7 @@ def test_svhn_digit_zero_is_class_zero(tmp_path, monkeypatch):
     assert got.tolist() == (labels["train"][order] % 10).tolist() and len(test) == 9
 
 
-def test_patch_camelyon_rows(tmp_path, monkeypatch):
+def test_patch_camelyon_rows(tmp_path, monkeypatch, made_up):
     h5py = pytest.importorskip("h5py", reason="h5py is not installed")
     rng = np.random.default_rng(0)
     (tmp_path / "pcam").mkdir()
@@ -280,7 +315,7 @@ def test_patch_camelyon_rows(tmp_path, monkeypatch):
     assert np.array_equal(val, pixels["valid"][0][order]) and len(test) == 7
 
 
-def test_dsprites_labels_and_brightness(tmp_path, monkeypatch):
+def test_dsprites_labels_and_brightness(tmp_path, monkeypatch, made_up):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 2, (100, 64, 64), np.uint8)
     latents = np.stack([rng.integers(0, n, 100) for n in (1, 3, 6, 40, 32, 32)], 1)
@@ -302,7 +337,7 @@ def test_dsprites_labels_and_brightness(tmp_path, monkeypatch):
         assert np.array_equal(test, images[order[90:]] * 255)
 
 
-def test_smallnorb_matrices(tmp_path, monkeypatch):
+def test_smallnorb_matrices(tmp_path, monkeypatch, made_up):
     rng = np.random.default_rng(0)
     images = {
         part: rng.integers(0, 256, (40, 2, 96, 96), np.uint8) for part in ("training", "testing")
@@ -339,7 +374,7 @@ def test_smallnorb_matrices(tmp_path, monkeypatch):
         cut("smallnorb_ele", tmp_path)
 
 
-def test_clevr_counts_and_distances(tmp_path, monkeypatch):
+def test_clevr_counts_and_distances(tmp_path, monkeypatch, made_up):
     distances = [7.9, 8.0, 8.001, 8.5, 8.6, 9.0, 9.5, 9.51, 10.0, 12.0]
     for name in ("train", "val"):
         scenes = [
@@ -364,12 +399,12 @@ def test_clevr_counts_and_distances(tmp_path, monkeypatch):
         order = by_hand([f"CLEVR_train_{i:06}.png" for i in range(10)], "train")
         assert [path.name for path in found[1][0]] == order[6:9]
     (tmp_path / "CLEVR_v1.0/scenes/CLEVR_val_scenes.json").write_text("damaged")
-    assert len(official("clevr_count", tmp_path, ["train", "val"])) == 2  # does not open it
+    assert len(cut("clevr_count", tmp_path, ["train", "val"])) == 2  # does not open it
     with pytest.raises(DataError, match="clevr_count: the originals at .* are damaged"):
-        official("clevr_count", tmp_path, ["test"])
+        cut("clevr_count", tmp_path, ["test"])
 
 
-def test_kitti_videos_and_distances(tmp_path, monkeypatch):
+def test_kitti_videos_and_distances(tmp_path, monkeypatch, made_up):
     rng = np.random.default_rng(0)
     place = rng.permutation(60)  # image -> line of the mapping; six images a video
     (tmp_path / "devkit/mapping").mkdir(parents=True)
@@ -408,100 +443,174 @@ def test_kitti_videos_and_distances(tmp_path, monkeypatch):
 
 
 def test_packages_that_reading_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(originals.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Missing, match="svhn: reading the originals needs scipy: pip install scipy"):
         cut("svhn", tmp_path)
 
 
-def test_every_task_says_how_its_split_was_verified():
-    by_list = {"cifar", "caltech101", "eurosat"}
-    for task in data.TASKS.values():
-        if task.benchmark == "vtab-1k":
-            want = "published list" if task.name in by_list else "rule only"
-            assert task.verified == (want if task.name in originals.ORIGINALS else "not rebuilt")
+def test_resisc45_slices(tmp_path):
+    for name, count in splits.CONSTANTS["classes"]["resisc45"].items():
+        folder = tmp_path / "NWPU-RESISC45" / name
+        folder.mkdir(parents=True)
+        for i in range(1, count + 1):
+            (folder / f"{name}_{i:03}.jpg").touch()
+    found = sources.read_originals(data.TASKS["resisc45"], tmp_path, ROLES, "original", True)
+    assert found.digests["train800"].startswith("7c42d524") and len(found.images["test"]) == 6300
+    assert found.digests["val200"].startswith("2a2bb0da")
+    names = sorted(splits.CONSTANTS["classes"]["resisc45"])
+    for role in ROLES:
+        for path, label in zip(found.images[role], found.labels[role], strict=True):
+            assert path.parent.name == names[label]
+
+
+def test_sun397_folder(tmp_path, monkeypatch, made_up):
+    names = ["/a/abbey/sun_x.jpg", "/c/church/outdoor/sun_y.jpg", "/c/church/outdoor/sun_z.jpg"]
+    for name in (*names, splits.SUN397_UNUSED):
+        path = tmp_path / "SUN397" / name[1:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    asked = []
+
+    def split(keys, name):
+        asked.append(sorted(keys))
+        return {"train": ([names[2], names[0]], [1, 0])}.get(name, ([names[1]], [1]))
+
+    monkeypatch.setattr(splits, "sun397_split", split)
+    counts = {"train": 2, "validation": 1, "test": 1}
+    small(monkeypatch, "sun397", counts, ("train", 0, 2), ("validation", 0, 1), ("test", 0, 1))
+    (train, labels), (val, _), _ = cut("sun397", tmp_path)
+    assert asked[0] == sorted([*names, splits.SUN397_UNUSED])
+    order = by_hand(names[::2], "train")
+    assert train == [tmp_path / "SUN397" / name[1:] for name in order]
+    assert labels.tolist() == [names[::2].index(name) for name in order]
+    assert val == [tmp_path / "SUN397" / names[1][1:]]
+
+
+def crc32c_by_hand(message):
+    """Bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in message:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def masked_crc(message):
+    crc = crc32c_by_hand(message)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def test_crc32c_is_the_standards():
+    assert crc32c_by_hand(b"123456789") == 0xE3069283  # RFC 3720's polynomial, its check value
+    blocks = [b"123456789", bytes(32), bytes(range(256)) * 3, b"1234"]
+    got = originals.crc32c([memoryview(block) for block in blocks])
+    assert got.tolist() == [crc32c_by_hand(block) for block in blocks]
+
+
+def length_delimited(number, content):
+    length = len(content)
+    varint = b""
+    while length > 127:
+        varint += bytes([length & 127 | 128])
+        length >>= 7
+    return bytes([number << 3 | 2]) + varint + bytes([length]) + content
+
+
+def tf_record(image, filename, label, packed):
+    """A serialised tf.train.Example, framed as in a TFRecord file."""
+    integers = length_delimited(1, bytes([label])) if packed else bytes([1 << 3, label])
+    features = {"image": (1, length_delimited(1, image)), "label": (3, integers)}
+    features["filename"] = (1, length_delimited(1, filename.encode()))
+    entries = b""
+    for name, (kind, values) in features.items():
+        feature = length_delimited(2, length_delimited(kind, values))
+        entries += length_delimited(1, length_delimited(1, name.encode()) + feature)
+    example = length_delimited(1, entries)
+    length = len(example).to_bytes(8, "little")
+    return length + masked_crc(length) + example + masked_crc(example)
 
 
 @pytest.fixture
-def fetch(monkeypatch, request):
-    """The real download with DTD's class replaced: it writes what the test tells it to, then stops or ends."""
-    monkeypatch.setattr(originals, "_fetch", request.getfixturevalue("fetch_itself"))
-
-    def use(download):
-        changed = dataclasses.replace(originals.ORIGINALS["dtd"], fetch=(download,))
-        monkeypatch.setitem(originals.ORIGINALS, "dtd", changed)
-
-    return use
-
-
-def test_a_download_that_breaks_off_leaves_nothing_that_counts(tmp_path, fetch, capsys):
-    root, calls = tmp_path / "data", []
-
-    def breaks_off(staging, download):
-        calls.append(sorted(str(path.relative_to(staging)) for path in staging.rglob("*")))
-        (staging / "dtd/dtd/images").mkdir(parents=True)
-        (staging / "dtd/dtd/images/half.jpg").touch()
-        (staging / "dtd/dtd-r1.0.1.tar.gz").write_bytes(b"part of it")
-        raise ConnectionResetError("the line went dead")
-
-    fetch(breaks_off)
-    for _ in range(2):
-        with pytest.raises(
-            Missing,
-            match=r"dtd: the download failed \(the line went dead\) and there is no .*by hand",
-        ):
-            data.load("dtd", root)
-    assert calls == [[], []] and not root.exists()
-
-    def interrupted(staging, download):
-        raise KeyboardInterrupt
-
-    fetch(interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        data.load("dtd", root)
-    assert not (root / "dtd").exists()
+def dmlab(tmp_path, monkeypatch, made_up):
+    rng = np.random.default_rng(0)
+    images, labels = {}, {}
+    for split, count in (("train", 12), ("validation", 5), ("test", 4)):
+        for part in range(2):
+            records = b""
+            for i in range(part, count, 2):
+                name = f"video_{split}_{i}.jpg"
+                file = io.BytesIO()
+                pixels = rng.integers(0, 256, (6 + i, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(file, "jpeg", quality=95)
+                images[name], labels[name] = file.getvalue(), i % 6
+                records += tf_record(file.getvalue(), name, i % 6, i % 2 == 0)
+            (tmp_path / "dmlab").mkdir(exist_ok=True)
+            (tmp_path / f"dmlab/dmlab-{split}.tfrecord-0000{part}-of-00002").write_bytes(records)
+    counts = {"train": 12, "validation": 5, "test": 4}
+    small(monkeypatch, "dmlab", counts, ("train", 0, 8), ("validation", 0, 3), ("test", 0, 4))
+    return tmp_path, images, labels
 
 
-def test_an_incomplete_folder_stands_in_the_way_of_a_download(tmp_path, fetch):
-    (tmp_path / "dtd").mkdir()
-    fetch(None)  # would raise
-    with pytest.raises(
-        DataError, match="dtd: .*/dtd is not complete: remove it, or complete it by hand"
-    ) as raised:
-        data.load("dtd", tmp_path)
-    assert not isinstance(raised.value, Missing)
-
-
-def test_a_download_without_a_network_leaves_no_folder(tmp_path, fetch):
-    def refuse(staging, download):
-        raise OSError("Name or service not known")
-
-    fetch(refuse)
-    with pytest.raises(Missing, match="Name or service not known"):
-        data.load("dtd", tmp_path / "data")
-    assert not (tmp_path / "data").exists()
-
-
-def test_a_download_that_ends_is_moved_into_place(tmp_path, fetch):
-    def whole(staging, download):
-        for part in ("train", "val", "test"):
-            folder = staging / "dtd/dtd"
-            (folder / "labels").mkdir(parents=True, exist_ok=True)
-            keys = [f"c{i // 40:02}/{part}{i}.jpg" for i in range(1880)]
-            (folder / "labels" / f"{part}1.txt").write_text("\n".join(keys))
-            for key in keys:
-                (folder / "images" / key).parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (2, 2)).save(folder / "images" / key)
-
-    fetch(whole)
-    train, test = data.load("dtd", tmp_path, img_size=8)
-    assert train.description == "originals, JPEG images, 1000 train / 1880 test" and train.official
-    assert {path.name for path in tmp_path.iterdir()} == {"dtd"}
-    fetch(None)  # it is there: nothing is fetched again
-    assert len(data.load("dtd", tmp_path)[1]) == 1880
-    (tmp_path / "dtd/dtd/images" / test.items[7].parent.name / test.items[7].name).write_bytes(
-        b"no image"
+def test_dmlab_records(dmlab):
+    root, images, labels = dmlab
+    (train, train_labels), (val, _), (test, _) = cut("dmlab", root)
+    order = by_hand([name for name in images if "train" in name], "train")[:8]
+    assert train == [images[name] for name in order] and len(val) == 3 and len(test) == 4
+    assert train_labels.tolist() == [labels[name] for name in order]
+    loaded, _ = data.load("dmlab", root, img_size=16)
+    image = Image.open(io.BytesIO(train[0])).convert("RGB").resize((16, 16), Image.BICUBIC)
+    assert np.array_equal(loaded[0][0].permute(1, 2, 0), np.asarray(image))
+    assert len(loaded.digest()) == 64 and loaded.digest() != data.load("dmlab", root)[1].digest()
+    assert (
+        loaded.description
+        == "originals, JPEG images, 11 of 1000 train (subset) / 4 of 22735 test (subset)"
     )
-    with pytest.raises(
-        DataError, match="dtd: the originals are not whole: .* is not a readable image"
-    ):
-        data.load("dtd", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw[:200] + bytes([raw[200] ^ 1]) + raw[201:], "a wrong checksum: get it"),
+        (lambda raw: bytes([raw[0] ^ 1]) + raw[1:], "dmlab: the originals at .* are damaged|again"),
+        (lambda raw: raw[:-3], "ends within a record: get it again"),
+    ],
+)
+def test_damaged_dmlab_records(dmlab, damage, message):
+    root, _, _ = dmlab
+    for path in root.glob("dmlab/dmlab-test*"):
+        path.write_bytes(damage(path.read_bytes()))
+    assert len(cut("dmlab", root, ["train", "val"])) == 2  # does not open the test set's files
+    with pytest.raises(DataError, match=message):
+        cut("dmlab", root)
+
+
+def test_retinopathy_lists_and_preprocessing(tmp_path, monkeypatch, made_up):
+    folder = tmp_path / "eyes"
+    for name in ("train", "test"):
+        (folder / name).mkdir(parents=True)
+    rows = {"Public": ["1_left", "1_right"], "Private": ["2_left", "2_right", "3_left"]}
+    lines = []
+    for usage, names in rows.items():
+        lines += [f"{name},{i % 5},{usage}" for i, name in enumerate(names)]
+    (folder / "retinopathy_solution.csv").write_text("\n".join(["image,level,Usage", *lines]))
+    training = [f"{i}_{side}" for i in range(10, 15) for side in ("left", "right")]
+    lines = [f"{name},{i % 5}" for i, name in enumerate(training)]
+    (folder / "trainLabels.csv").write_text("\n".join(["image,level", *lines]))
+    for name in training:
+        Image.new("RGB", (540, 500)).save(folder / "train" / f"{name}.jpeg")
+    for name in sum(rows.values(), []):
+        Image.new("RGB", (540, 540)).save(folder / "test" / f"{name}.jpeg")
+    counts = {"train": 10, "validation": 2, "test": 3}
+    slices = ("train", 0, 6), ("validation", 0, 2), ("test", 0, 3)
+    small(monkeypatch, "diabetic_retinopathy", counts, *slices)
+    (train, labels), (val, _), (test, test_labels) = cut("diabetic_retinopathy", tmp_path)
+    assert [path.stem for path in train] == by_hand(training, "train")[:6]
+    assert labels.tolist() == [training.index(path.stem) % 5 for path in train]
+    assert [path.stem for path in val] == by_hand(rows["Public"], "validation")
+    assert test_labels.tolist() == [rows["Private"].index(path.stem) for path in test]
+    Image.new("RGB", (4752, 3168)).save(test[1])  # as it comes from the competition
+    assert len(cut("diabetic_retinopathy", tmp_path, ["train", "val"])) == 2
+    message = r"left.jpeg|right.jpeg is 4752 x 3168, not preprocessed .* radius of 300"
+    with pytest.raises(DataError, match=message):
+        cut("diabetic_retinopathy", tmp_path)

@@ -9,13 +9,15 @@ import pytest
 from conftest import write_lists
 
 import data
+import splits
 import suite
 import train
 
 
 @pytest.fixture
-def three(tmp_path, cifar):
-    """A root with three of VTAB-1k's nineteen tasks, one of them a subset."""
+def three(tmp_path, cifar, monkeypatch):
+    """A root with three of VTAB-1k's nineteen tasks, one of them a subset; with made-up labels."""
+    monkeypatch.setattr(splits, "prove_labels", lambda *arguments: splits.Proof(None))
     for task, test in (("dtd", 1880), ("kitti", 711)):
         folder = cifar.parent / task
         folder.mkdir()
