@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Container, Iterator
@@ -133,10 +134,14 @@ def peak_memory_mb(device: torch.device) -> int | None:
     """Highest memory use in MiB: allocated on CUDA, else of the process; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() >> 20
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the memory of the process that started this one
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+        return int(found[1]) >> 10 if found else None
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, KiB on Linux
+    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, else KiB
 
 
 def provenance(device: torch.device) -> dict:

@@ -6,10 +6,9 @@ of that order (Zhai et al. 2019, arXiv 1910.04867). So names are enough to find 
 
     tfds_order(["Forest_Forest_1.jpg", ...], "train")[:800]       # EuroSAT's train800
 
-`VTAB` says for each task where the slices start. splits.json has what outside lists agree with
-them, the sha256 of every slice's keys, joined by newlines, and the images of each class where file
-names follow a rule; splits.npz has what is long: to which split each image of SUN397 belongs,
-labels, and one byte a key to find errors by.
+`VTAB` says where a task's slices start. splits.json has the sha256 of every slice's keys, joined by
+newlines, and what outside lists confirm; splits.npz has what is long: the split of each image of
+SUN397, labels, and one byte a key to find errors by.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ FOLDER = Path(__file__).resolve().parent
 CONSTANTS = json.loads((FOLDER / "splits.json").read_text())
 ROLES = {"train": "train800", "val": "val200", "test": "test"}  # and their names in VTAB-1k
 SUN397_UNUSED = "/c/church/outdoor/sun_bhenjvsvrtumjuri.jpg"  # TFDS cannot decode it
-# test images of a draw that is in circulation too: another machine's order of directories
-OTHER_DRAWS = {"caltech101": 6085}
+OTHER_DRAWS = {"caltech101": 6085}  # test images of a draw that is in circulation too
 
 
 class DataError(ValueError):
@@ -225,12 +223,20 @@ def _some(names: set[str]) -> str:
 @cache
 def _packed(name: str) -> np.ndarray | None:
     with np.load(FOLDER / "splits.npz") as file:
-        return file[name] if name in file else None
+        return file.get(name)
 
 
 def sha256(values: Iterable) -> str:
     """The sha256 of values joined by newlines, in hex."""
     return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()
+
+
+def _numbered_keys(name: str, role: str) -> list[str]:
+    """The keys of a slice in order, of a task whose keys are numbered."""
+    wanted = getattr(CUTS[name], role)
+    rule = CONSTANTS["numbered"][name][wanted.split]
+    keys = [rule.format(i) for i in range(CUTS[name].counts[wanted.split])]
+    return tfds_order(keys, wanted.split)[wanted.start : wanted.stop]
 
 
 def prove_keys(name: str, role: str, keys: Sequence) -> str:
@@ -240,6 +246,9 @@ def prove_keys(name: str, role: str, keys: Sequence) -> str:
     if digest == official:
         return digest
     wrong = "keys"
+    if name in CONSTANTS["numbered"]:
+        strange = set(keys) - set(_numbered_keys(name, role))
+        wrong = f"of {len(keys)} keys {_some(strange)}"
     codes = _packed(f"{name} codes")  # a byte a key: train800, then val200
     if codes is not None and role != "test":
         codes = codes[:800] if role == "train" else codes[800:]

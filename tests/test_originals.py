@@ -112,6 +112,13 @@ def test_caltech101_slices_are_the_official_ones(caltech):
     assert first == "fc8e3c5691a621810ec79769fefc14c7712099a63fe7b699ffad002571160f85"
 
 
+def test_caltech101_as_a_run_loads_it(caltech):
+    train, test = data.load("caltech101", caltech, source="original", img_size=8)
+    assert (len(train), len(test)) == (1000, 6084) and train.official and test.official
+    assert test.digests == splits.CONSTANTS["keys"]["caltech101"]
+    assert test.description == "originals, JPEG images, 1000 train / 6084 test"
+
+
 def test_caltech101_whether_or_not_the_stray_file_is_there(caltech):
     stray = caltech / "caltech101/101_ObjectCategories/BACKGROUND_Google/tmp"
     without = cut("caltech101", caltech)

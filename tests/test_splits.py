@@ -174,6 +174,19 @@ def test_keys_that_are_not_the_official_ones_are_counted_and_named(monkeypatch, 
         splits.prove_keys("dtd", "val", val[::-1])
 
 
+@pytest.mark.parametrize("name", ["clevr_count", "patch_camelyon"])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_changed_key_of_a_numbered_task_is_named(name, role):
+    wanted = getattr(CUTS[name], role)
+    keys = list(RULES[name][wanted.split])
+    rows = CUTS[name].rows(role, keys)
+    keys = [keys[row] for row in rows]
+    keys[7] = "renamed.png"
+    message = rf"{name}: {ROLES[role]} is not the official one, of {len(keys)} keys 1 \(renamed.png"
+    with pytest.raises(DataError, match=message):
+        splits.prove_keys(name, role, keys)
+
+
 @pytest.mark.parametrize("name", ["caltech101", "dtd", "oxford_iiit_pet", "eurosat", "sun397"])
 def test_labels_are_compared_line_by_line(name):
     for role in ("train", "val"):
