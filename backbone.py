@@ -22,7 +22,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# The demo's backbone: timm's ViT-Ti made smaller (16 tokens, 0.7 M parameters), Fashion-MNIST
+# The demo's backbone: timm's ViT-Ti made smaller (16 tokens, 0.7 M parameters)
 NANO = {"img_size": 28, "patch_size": 7, "embed_dim": 96, "depth": 6, "num_heads": 3}
 NANO_CFG = {"architecture": "vit_nano", "tag": "fashion_mnist", "input_size": (3, 28, 28)}
 NANO_CFG |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
@@ -179,13 +179,14 @@ def load_strictly(
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The classifier by path: two in a distilled DeiT, none in a model that timm did not make."""
+    """The classifier by path: timm's (two in a distilled DeiT), or what `model.head_paths` says."""
+    if hasattr(model, "head_paths"):
+        return {name: model.get_submodule(name) for name in model.head_paths}
     if not hasattr(model, "get_classifier"):
         return {}
     classifier = model.get_classifier()
     wanted = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
-    identities = {id(head) for head in wanted}
-    return {name: module for name, module in model.named_modules() if id(module) in identities}
+    return {name: module for name, module in model.named_modules() if module in wanted}
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -213,8 +214,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def match(model: nn.Module, target: str) -> dict[str, range]:
     """Path -> output rows of the linear layers whose path ends in `target`.
 
-    "attn.q", "attn.k" and "attn.v" also mean those rows of a fused "attn.qkv". Raises ModelError,
-    listing the ends that there are, if nothing matches.
+    "attn.q", "attn.k" and "attn.v" also mean those rows of a fused "attn.qkv", and CaiT has both.
+    Raises ModelError, listing the ends that there are, if nothing matches.
     """
     linears = linear_layers(model)
     matches = {}
@@ -222,7 +223,7 @@ def match(model: nn.Module, target: str) -> dict[str, range]:
         if f".{name}".endswith(f".{target}"):
             matches[name] = range(linear.out_features)
     stem, _, letter = target.rpartition(".")
-    if not matches and letter in ("q", "k", "v"):
+    if letter in ("q", "k", "v"):
         fused = f"{stem}.qkv" if stem else "qkv"
         for name in linears:
             if f".{name}".endswith(f".{fused}"):
@@ -293,8 +294,8 @@ def weights_of(
     The tag is timm's full one, `<architecture>.<tag>`, or names the file; "random" if none.
     """
     name = architecture(model)
-    if name == "vit_nano" and pretrained:
-        checkpoint = checkpoint or NANO_FILE
+    if name == "vit_nano" and pretrained and not checkpoint:
+        checkpoint = NANO_FILE
     if checkpoint:
         return {"tag": f"{name}:{Path(checkpoint).name}", "sha256": sha256(checkpoint)}
     tag = model.pretrained_cfg.get("tag") if pretrained else "random"
@@ -334,8 +335,7 @@ def recompute_blocks(model: nn.Module) -> None:
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):
-        name = architecture(model)
-        raise ModelError(f"--grad-checkpoint: {name} cannot recompute its blocks") from None
+        raise ModelError(f"--grad-checkpoint: {architecture(model)} cannot do that") from None
 
 
 @contextmanager

@@ -17,9 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mlae import PATTERNS, MLAELinear, fixed_masks, mask_rates, set_mask_prob
-
-__all__ = ["MASKINGS", "METHODS", "METHODS_HELP", "PATTERNS", "SCHEDULES", "Method"]
+from mlae import MLAELinear, fixed_masks, mask_rates, set_mask_prob
 
 MASKINGS = {  # which masks act: (a new one at every step, one drawn for good)
     "stochastic": (True, False),
@@ -52,6 +50,7 @@ class Method:
         before_step: (model, progress) is called between backward and the optimizer's step, and
             once before the first step; progress goes from 0 to 1 over the training.
         log: model -> columns of the run's log, once an epoch.
+        version: to be raised when the method changes, so that its runs are others.
     """
 
     trains: str
@@ -66,6 +65,17 @@ class Method:
     penalty: Callable[[nn.Module], Tensor | float] = lambda model: 0.0
     before_step: Callable[[nn.Module, float], None] = lambda model, progress: None
     log: Callable[[nn.Module], dict] = lambda model: {}
+    version: int = 1
+
+    def signature(self) -> dict:
+        """What sets runs of this row apart from others under the same name: a layer of one's own,
+        another version; nothing for the rows of this file."""
+        own = {}
+        if self.layer and self.layer.__module__ not in ("mlae", __name__):
+            own["layer"] = f"{self.layer.__module__}.{self.layer.__qualname__}"
+        if self.version != 1:
+            own["version"] = self.version
+        return own
 
     def own(self, given: dict) -> dict:
         """This method's settings: those given, defaults for the rest, without other methods'.
@@ -110,6 +120,8 @@ def mlae_plan(num_layers: int, settings: dict) -> list[dict]:
     masking, pattern, p = settings["masking"], settings["pattern"], settings["mask_prob"]
     if masking not in MASKINGS:
         raise ValueError(f"masking must be one of {', '.join(MASKINGS)}, not {masking!r}")
+    if settings["schedule"] not in SCHEDULES:
+        raise ValueError(f"mask schedule must be one of {', '.join(SCHEDULES)}")
     if settings["schedule"] != "constant" and masking == "fixed":
         raise ValueError(f"schedule {settings['schedule']} needs masking stochastic or mixed")
     rates: list = [0.0] * num_layers
@@ -176,4 +188,3 @@ METHODS: dict[str, Method] = {
     ),
     "full": Method(trains="every parameter", thaws=lambda name: True),
 }
-METHODS_HELP = "; ".join(f"{name}: {row.trains}" for name, row in METHODS.items())

@@ -38,9 +38,10 @@ import model as models
 import runs
 from backbone import ModelError, create_backbone, input_size, parameter_groups, recompute_blocks
 from baselines import METHODS
+from flags import AMP, COUNT, DEVICES, FRACTION, WHOLE, Parser
 from plot import draw_sweeps
-from runs import AMP, COUNT, DEVICES, FRACTION, WHOLE, RunError
-from suite import as_markdown
+from runs import RunError
+from table import as_markdown
 from train import train_step
 
 CLASSES = 100
@@ -245,8 +246,8 @@ def show(rows: list[dict]) -> None:
     print(as_markdown(lines))
 
 
-def bench_parser() -> runs.Parser:
-    parser = runs.Parser(description=__doc__)
+def bench_parser() -> Parser:
+    parser = Parser(description=__doc__)
     flag = parser.add_argument
     flag("--model", default="vit_tiny_patch16_224", help="timm name (default: the ViT-Ti/16)")
     flag("--img-size", type=COUNT, help="side in pixels (default: the model's own)")
@@ -301,15 +302,14 @@ def sweep_points(args: argparse.Namespace, given: list[str]) -> list[tuple]:
 
 def run(sweeps: list[tuple], device: torch.device) -> None:
     """Measure every point, in place, and print its table."""
-    for _, points in sweeps:  # memory first: a child's peak is never below what its parent's was
+    for _, points in sweeps:
         for _, point in points:
             point.img_size = point.img_size or input_size(point.model)
             point.steps = point.steps or (10 if device.type == "cuda" else 1)
             point.peaks = {}
-            if point.no_memory:
-                continue
             for method in point.methods:
-                point.peaks[method] = memory(method, point)
+                if not point.no_memory:
+                    point.peaks[method] = memory(method, point)
     for name, points in sweeps:
         for i, (value, point) in enumerate(points):
             if len(points) > 1:
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     parser = bench_parser()
     args = parser.parse_args(given)
-    with runs.one_line(parser):
+    with runs.one_line("bench.py"):
         check_methods(args.methods or [])
         if args.plot and not args.sweep:
             raise RunError("--plot draws a --sweep: name a flag and its values")
@@ -338,9 +338,9 @@ def main(argv: list[str] | None = None) -> None:
             run(sweeps, device)
         except (ValueError, torch.OutOfMemoryError) as error:
             raise RunError(str(error).splitlines()[0]) from error
-        machine = runs.provenance(device) | {"threads": torch.get_num_threads()}
+        machine = runs.provenance(device) | {"amp": runs.resolve_amp(args.amp, device)}
         peers = {name: version(name) for name in PEERS if name not in absent}
-        machine |= {"amp": runs.resolve_amp(args.amp, device), "peers": peers}
+        machine |= {"threads": torch.get_num_threads(), "peers": peers}
         print(json.dumps({"arguments": vars(args), "machine": machine, "sweeps": sweeps}))
         if args.plot:
             draw_sweeps(sweeps, Path(args.plot))

@@ -23,7 +23,8 @@ import data
 import model as models
 from backbone import count_parameters, eval_mode, weights_of
 from baselines import METHODS
-from runs import DEVICES, WHOLE, Parser, RunError, autocast, one_line, pick_device
+from flags import DEVICES, WHOLE, Parser
+from runs import RunError, autocast, one_line, pick_device
 
 AGREE = 1e-4  # largest difference of a logit between the merged model and the one that was trained
 
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--device", choices=DEVICES, default="auto", help="default: auto, the fastest here")
     flag("--workers", type=WHOLE, default=4, help="image-decoding processes (0: the main process)")
     args = parser.parse_args(argv)
-    with one_line(parser):
+    with one_line("eval.py"):
         device = pick_device(args.device)
         agree = check(args.run, args.data_dir, args.checkpoint, device, args.workers)
     sys.exit(0 if agree else 1)

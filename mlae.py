@@ -34,6 +34,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 PATTERNS = {  # how masking is spread over the layers, by their position from 0 to 1
     "random": lambda pos: torch.ones_like(pos),
@@ -42,6 +43,11 @@ PATTERNS = {  # how masking is spread over the layers, by their position from 0 
     "hourglass": lambda pos: 1 - (2 * pos - 1).abs(),  # dense at both ends
     "protruding": lambda pos: (2 * pos - 1).abs(),
 }
+
+
+def _keep_calls(layer: nn.Module, args: tuple) -> None:
+    """A hook that does nothing. torch's nn.TransformerEncoderLayer has a fast path that reads the
+    weights of its layers instead of calling them; it is not taken where there is a hook."""
 
 
 def _fold(weight: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
@@ -146,6 +152,7 @@ class MLAELinear(nn.Linear):
             rows = rows.to(self.weight.device)
         self.register_buffer("rows", rows)
 
+        self.register_forward_pre_hook(_keep_calls)
         self.requires_grad_(False)  # all that is there so far
         adapted = out_features if rows is None else len(rows)
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, **like))
@@ -162,10 +169,13 @@ class MLAELinear(nn.Linear):
 
         kwargs as for the class. The experts of a float16 or bfloat16 layer are float32 unless
         `dtype` says otherwise: AdamW's steps are too small for half precision.
-        Raises ValueError if the layer has experts already.
+        Raises ValueError if the layer has experts already, or is the out_proj of torch's
+        nn.MultiheadAttention, which reads the weight and never calls the layer.
         """
         if isinstance(linear, MLAELinear):
             raise ValueError("the layer has experts already; merge them first with to_linear()")
+        if isinstance(linear, NonDynamicallyQuantizableLinear):
+            raise ValueError("nn.MultiheadAttention never calls its out_proj: it cannot be adapted")
         kwargs.setdefault("dtype", torch.promote_types(linear.weight.dtype, torch.float32))
         sizes = linear.in_features, linear.out_features, linear.bias is not None
         return cls(*sizes, _frozen=linear, **kwargs).train(linear.training)

@@ -59,7 +59,7 @@ def create(
 
     Raises ModelError for what cannot be made, TypeError for a setting that no method has.
     """
-    row = _row(method)
+    row = find_method(method)
     model = create_backbone(
         name,
         num_classes,
@@ -72,14 +72,20 @@ def create(
     return model
 
 
-def _row(method: str) -> Method:
-    if method not in METHODS:
-        raise ModelError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    return METHODS[method]
+def find_method(name: str) -> Method:
+    """The row of METHODS of that name; ModelError, listing them all, if there is none."""
+    if name not in METHODS:
+        raise ModelError(f"method must be one of {', '.join(METHODS)}, not {name!r}")
+    return METHODS[name]
 
 
 def inject(
-    model: nn.Module, targets: Sequence[str] = ("attn.qkv",), *, method: str = "mlae", **settings
+    model: nn.Module,
+    targets: Sequence[str] = ("attn.qkv",),
+    *,
+    method: str = "mlae",
+    head: str | Sequence[str] | None = None,
+    **settings,
 ) -> list[str]:
     """Replace linear layers of `model` by the method's, in place; freeze what does not train.
 
@@ -87,16 +93,19 @@ def inject(
         targets: ends of module paths: "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"; "attn.q",
             "attn.k" and "attn.v" mean those rows of a fused "attn.qkv". The head and the patch
             embedding are never targets.
+        head: the path of the classifier, or several, which train too; () for none. None asks
+            timm's `get_classifier`, which other libraries' models do not have.
         settings: as for `create`. `masking` is "stochastic" (a new mask every step), "fixed" (drawn
             here, once, from torch's generator) or "mixed" (both); `pattern` spreads the masking
             probability over the layers in their order, see `mlae.mask_rates`.
 
     Returns the paths of the replaced layers. Raises ModelError, the model untouched, for a target
-    that matches nothing (listing what there is), a weight that two layers share, a model injected
-    already, a bad setting; and, after the swap, for a layer whose parent reads its weight instead
-    of calling it.
+    that matches nothing (listing what there is), a head that is not known, a weight that two layers
+    share, a model injected already, a bad setting; and, after the swap, for a layer whose parent
+    reads its weight instead of calling it.
     """
-    row = _row(method)
+    row = find_method(method)
+    find_head(model, head)
     chosen = find_layers(model, targets) if row.layer else {}
     own = row.own(settings)
     layers = {}
@@ -108,6 +117,7 @@ def inject(
             layers[name] = row.layer.from_linear(model.get_submodule(name), **keywords)
     except ValueError as error:
         raise ModelError(str(error)) from error
+    linears = len(linear_layers(model))
     freeze(model)
     for name, layer in layers.items():
         for parameter in row.fixed:
@@ -117,10 +127,26 @@ def inject(
         if row.thaws(name):
             parameter.requires_grad_(True)
     model.method, model.method_settings = method, own
+    model.adapted = len(chosen), linears  # of how many linear layers
     silent = uncalled(model, layers)
     if silent:
         raise ModelError(f"{architecture(model)} reads the weight of {few(silent)} without a call")
     return list(layers)
+
+
+def find_head(model: nn.Module, head: str | Sequence[str] | None) -> None:
+    """Note the classifier's paths in the model; ModelError if they are not there, or not known."""
+    if head is None:
+        if not heads(model):
+            name = architecture(model)
+            raise ModelError(f"{name} does not tell its classifier: name it, as in head='fc'")
+        return
+    paths = [head] if isinstance(head, str) else list(head)
+    known = dict(model.named_modules())
+    for path in paths:
+        if path not in known:
+            raise ModelError(f"head {path!r} is not in {architecture(model)}")
+    model.head_paths = paths
 
 
 def freeze(model: nn.Module) -> None:

@@ -16,7 +16,8 @@ import json
 import statistics
 from pathlib import Path
 
-from runs import Parser, RunError, one_line
+from flags import Parser
+from runs import RunError, one_line
 
 FORMATS = (".png", ".pdf", ".svg")
 LOOKS = ["o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:", "h-"]  # told apart in grey too
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--out", type=Path, help="the file (default: curves.png in the first run)")
     args = parser.parse_args(argv)
-    with one_line(parser):
+    with one_line("plot.py"):
         path = args.out or args.runs[0] / "curves.png"
         check_file(path)
         draw_curves(read_curves(args.runs), path)

@@ -1,4 +1,4 @@
-"""What surrounds a run: flag types, device and precision, its folder, identity, files and state.
+"""What surrounds a run: device and precision, its folder, identity, files and state.
 
     folder = run_folder(args.out, identity(args, defaults))
     metrics = finished(folder, args)        # the result, if the same run has ended before
@@ -15,14 +15,12 @@ import csv
 import hashlib
 import importlib
 import json
-import logging
-import math
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from pathlib import Path
 import torch
 
 from backbone import ModelError, sha256
+from flags import PLACE
 from splits import DataError
 
 try:
@@ -37,9 +36,6 @@ try:
 except ImportError:  # Windows
     resource = None
 
-AMP = ["auto", "bf16", "fp16", "off"]
-DEVICES = ["auto", "cpu", "cuda", "mps"]
-PLACE = ("device", "workers", "out", "data_dir", "resume")  # machine and place: not what a run is
 ALWAYS = ("dataset", "method", "model", "epochs", "seed")  # in every identity, default or not
 SHORT = {"mask_prob": "p", "rank": "r", "lr": "lr"}  # shown in the folder's name if not default
 
@@ -55,48 +51,17 @@ class Diverged(RunError):
 ERRORS = (DataError, ModelError, RunError)  # what a user can mend; bugs keep their traceback
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command in one line on stderr, with exit code 2."""
-
-    def __init__(self, **kwargs) -> None:
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(formatter_class=raw, allow_abbrev=False, **kwargs)
-        # without a network the hub writes a line for every retry
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-    def error(self, message: str) -> None:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 @contextmanager
-def one_line(parser: Parser) -> Iterator[None]:
+def one_line(script: str) -> Iterator[None]:
     """What a user can mend ends in one line and exit code 2, Ctrl-C in a hint and 130."""
     try:
         yield
     except ERRORS as error:
-        parser.error(str(error))
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)
-
-
-def number(kind: type, low: float, high: float, expected: str) -> Callable:
-    """A flag's type: an int or float in [low, high)."""
-
-    def parse(text: str):
-        if not low <= kind(text) < high:
-            raise argparse.ArgumentTypeError(f"must be {expected}, not {text}")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
-    return parse
-
-
-COUNT = number(int, 1, 2**31, "1 or more")
-WHOLE = number(int, 0, 2**31, f"from 0 to {2**31 - 1}")
-FRACTION = number(float, 0, 1, "in [0, 1)")
-POSITIVE = number(float, math.ulp(0.0), math.inf, "above 0")
 
 
 def pick_device(name: str) -> torch.device:
@@ -197,7 +162,7 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
     try:
         metrics = json.loads((folder / "metrics.json").read_text())
         then = json.loads((folder / "config.json").read_text())["arguments"]
-        metrics["official"], metrics["digest"]  # an older version's result lacks these
+        metrics["official"], metrics["digest"], metrics["images"]  # older results lack these
     except (OSError, ValueError, KeyError, TypeError):
         return None
     for name, value in vars(args).items():
@@ -205,9 +170,22 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
             flag = name.replace("_", "-")
             raise RunError(
                 f"{folder} was run with --{flag} {then[name]}, the default of its time; "
-                f"now it is {value}: take another --out"
+                f"now it is {value}: take another --out, or --overwrite"
             )
+    print(f"finished before, so not run again (--overwrite does): {folder}")
     return metrics
+
+
+def check_unfinished(folder: Path, args: argparse.Namespace) -> None:
+    """Raise RunError if an interrupted run is in the folder and neither flag says what to do.
+
+    `resume` may be None too, as suite.py has it: go on if there is something to go on from.
+    """
+    interrupted = (folder / "state.pt").exists()
+    if interrupted and args.resume is False and not args.overwrite:
+        raise RunError(f"{folder} was interrupted: --resume goes on, --overwrite starts anew")
+    if args.resume and not interrupted:
+        print(f"nothing to resume in {folder}: starting anew")
 
 
 def make_folder(folder: Path, keep_state: bool) -> None:

@@ -18,7 +18,13 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
+
+from flags import train_parser
+
+if __name__ == "__main__":
+    train_parser(__doc__).parse_args()  # --help and typing errors need not wait for torch
 
 import torch
 import torch.nn.functional as F
@@ -33,20 +39,14 @@ from backbone import (
     train_mode,
     weights_of,
 )
-from baselines import MASKINGS, METHODS, METHODS_HELP, PATTERNS, SCHEDULES
+from baselines import METHODS
 from eval import create_model, create_normalizer, evaluate, load_data
-from model import adapter_state, check_gradients, save_adapter
+from model import adapter_state, check_gradients, find_method, save_adapter
 from runs import (
-    AMP,
-    COUNT,
-    DEVICES,
-    FRACTION,
-    POSITIVE,
-    WHOLE,
     Diverged,
-    Parser,
     RunError,
     autocast,
+    check_unfinished,
     finished,
     identity,
     make_folder,
@@ -98,11 +98,13 @@ def train_step(
 def run(args: argparse.Namespace) -> dict:
     """One run, from settled arguments to files; returns what `metrics.json` holds."""
     # its folder: the same settings and the same checkpoint give the same folder
-    own = identity(args, usual(args))
+    method = METHODS[args.method]
+    own = identity(args, usual(args)) | method.signature()
     folder = run_folder(args.out, own)
-    before = finished(folder, args) if args.resume else None
+    before = None if args.overwrite else finished(folder, args)
     if before and before["official"]:
-        return before
+        return report(before)
+    check_unfinished(folder, args)
 
     # seed and device
     torch.manual_seed(args.seed)
@@ -112,11 +114,13 @@ def run(args: argparse.Namespace) -> dict:
     # data
     train, test = load_data(args)
     if before and before["digest"] == test.digest():  # a subset may have grown since
-        return before
+        return report(before)
+    if train.source == "embedded" and args.data_dir != os.path.abspath("data"):
+        hint = f"--dataset {args.dataset} is in this repository, --data-dir is not read"
+        print(f"note: {hint}; name what to train on with --dataset", file=sys.stderr)
     train.prepare(device, args.workers)
 
     # model
-    method = METHODS[args.method]
     model = create_model(args).to(device)
     if args.grad_checkpoint:
         recompute_blocks(model)
@@ -133,14 +137,13 @@ def run(args: argparse.Namespace) -> dict:
     warmup = round(args.warmup_epochs * steps_per_epoch)
 
     # from here on the run writes
-    make_folder(folder, keep_state=args.resume)
+    make_folder(folder, keep_state=not args.overwrite)
     config = {"arguments": vars(args), "identity": own, "source": train.source, "amp": amp}
     config |= {"weights": weights, "data": test.description, **provenance(device)}
     write_json(folder / "config.json", config)
     print(f"{args.method} on {args.dataset}, {weights['tag']}, {device}: {train.description}")
-    print(
-        "{trainable:,} of {total:,} parameters train, {head:,} of them in the head".format(**counts)
-    )
+    print("{} of {} linear layers adapted; ".format(*model.adapted), end="")
+    print("{trainable:,} of {total:,} parameters train, {head:,} in the head".format(**counts))
 
     # training
     digest = train.fingerprint()
@@ -158,7 +161,8 @@ def run(args: argparse.Namespace) -> dict:
         epoch, start = done["epoch"], time.perf_counter()
         generator = torch.Generator().manual_seed(args.seed * 10_007 + epoch)
         order = torch.randperm(len(train), generator=generator)
-        loss_sum = correct = 0
+        loss_sum = correct = seen = 0
+        bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
         for x, y in train.epoch(order, args.batch_size, args.workers, f"{args.seed} {epoch}"):
             lr = learning_rate(step, steps, warmup, args.lr)
             for group in optimizer.param_groups:
@@ -179,9 +183,10 @@ def run(args: argparse.Namespace) -> dict:
             )
             if step == first + 1:
                 check_gradients(model)
-            loss_sum, correct = loss_sum + loss, correct + right
+            loss_sum, correct, seen = loss_sum + loss, correct + right, seen + len(x)
             if bar.update():  # it shows something new: time to ask the device
-                bar.set_postfix(loss=f"{loss.item() / len(x):.3f}", lr=f"{lr:.1e}", refresh=False)
+                top1 = f"{100 * correct.item() / seen:.1f} %"
+                bar.set_postfix(loss=f"{loss_sum.item() / seen:.3f}", top1=top1, refresh=False)
         row = {"epoch": epoch + 1, "lr": lr, **method.log(model)}
         row["loss"] = loss_sum.item() / len(train)
         row["train_top1"] = 100 * correct.item() / len(train)
@@ -193,7 +198,14 @@ def run(args: argparse.Namespace) -> dict:
         done = {"epoch": epoch + 1, "rows": [*done["rows"], row], "seconds": row["seconds"]}
         write_log(folder / "log.csv", done["rows"])
         save_state(state, adapter_state(model), optimizer, scaler, digest, done)
+        if bar.disable:  # no terminal
+            line = "epoch {epoch:.0f}: loss {loss:.3f}, training top-1 {train_top1:.1f} %"
+            print(line.format(**row), f"after {row['seconds']:.0f} s", flush=True)
     bar.close()
+    last, guess = done["rows"][-1]["train_top1"], 100 * train.labels.bincount().max() / len(train)
+    if last < guess + 5:
+        hint = f"training top-1 is {last:.1f} %, the largest class alone gives {guess:.1f} %"
+        print(f"warning: hardly anything was learned ({hint}): change --lr", file=sys.stderr)
     save_adapter(model, folder / "adapter.safetensors", config)
 
     # the one evaluation, with the last weights
@@ -213,56 +225,21 @@ def run(args: argparse.Namespace) -> dict:
         "trainable_parameters": counts["trainable"],
         "head_parameters": counts["head"],
         "train_seconds": round(done["seconds"], 1),
+        "images": len(test),
         "peak_memory_mb": peak_memory_mb(device),
         "run": str(folder),
     }
     write_json(folder / "metrics.json", metrics)
     state.unlink()
+    return report(metrics)
+
+
+def report(metrics: dict) -> dict:
+    """Print a line for people; returns what it was given."""
+    split = "test" if "test_top1" in metrics else "val"
+    top1 = metrics[f"{split}_top1"]
+    print(f"{split} top-1 {top1:.2f} % ({metrics['images']} images), run {metrics['run']}")
     return metrics
-
-
-def add_flags(flag) -> None:
-    """Every flag of a run, by `parser.add_argument` or, in suite.py, by what wraps it."""
-    # data
-    flag("--dataset", default="digits", help="a task of data.py (default: digits, the demo)")
-    flag("--data-dir", type=os.path.abspath, default="data", help="where data lie (default: data)")
-    flag("--source", choices=data.SOURCES, default="auto", help="auto: originals if available")
-    flag("--img-size", type=COUNT, help="side in pixels (default: the model's own)")
-    norms = [*data.NORMALIZE, "model"]
-    flag("--normalize", choices=norms, default="imagenet", help="default: imagenet, as published")
-    # model
-    flag("--model", help="timm name with its tag (default: the paper's ViT-B/16; digits: vit_nano)")
-    flag("--checkpoint", type=os.path.abspath, help="local .safetensors, .pth or .npz")
-    flag("--no-pretrained", action="store_true", help="start from random weights")
-    # method
-    flag("--method", choices=METHODS, default="mlae", help=METHODS_HELP)
-    flag("--targets", nargs="+", metavar="PATH", help="layers, by name suffix (default: attn.qkv)")
-    flag("--rank", type=COUNT, help="experts per layer (default: 8, 0.30 M parameters on ViT-B)")
-    flag("--coef-init", type=POSITIVE, help="first lambda; of lora alpha / rank (default: 1)")
-    # masking
-    flag("--mask-prob", type=FRACTION, help="masking probability p (default: 0.5, the paper's)")
-    flag("--masking", choices=MASKINGS, help="default: stochastic, the paper's best")
-    flag("--mask-pattern", dest="pattern", choices=PATTERNS, help="p over depth (default: random)")
-    flag("--mask-schedule", dest="schedule", choices=SCHEDULES, help="p over training (constant)")
-    # optimization
-    flag("--epochs", type=COUNT, help="passes over the images (default: 100, as common; digits 20)")
-    flag("--batch-size", type=COUNT, default=64, help="default: 64, as published; none is dropped")
-    flag("--lr", type=POSITIVE, help="AdamW's peak (default: 1e-3, as common; digits: 8e-3)")
-    flag("--weight-decay", type=FRACTION, default=1e-4, help="of matrices (default: 1e-4)")
-    flag("--warmup-epochs", type=float, help="linear, then cosine to 0 (default: a tenth of all)")
-    flag("--drop-path", type=FRACTION, help="stochastic depth (default: 0.1; digits, linear: 0)")
-    flag("--label-smoothing", type=FRACTION, default=0.0, help="default: 0, none")
-    # run
-    flag("--seed", type=WHOLE, default=0, help="random seed (default: 0)")
-    flag("--val", action="store_true", help="train on 800, score val200: to choose settings")
-    flag("--amp", choices=AMP, default="auto", help="mixed precision (default: bf16 on CUDA)")
-    flag("--compile", action="store_true", help="torch.compile (takes longer than the demo)")
-    flag("--grad-checkpoint", action="store_true", help="recompute blocks: less memory, more time")
-    flag("--accumulate", type=COUNT, default=1, help="split a batch into N parts (default: 1)")
-    flag("--device", choices=DEVICES, default="auto", help="default: auto, the fastest here")
-    flag("--workers", type=WHOLE, default=4, help="image-decoding processes (0: the main process)")
-    flag("--out", default="runs", help="where run folders go (default: runs)")
-    flag("--resume", action="store_true", help="go on after the last whole epoch of the same run")
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
@@ -270,7 +247,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
 
     Raises DataError, ModelError or RunError for values that do not go together.
     """
-    task, method = data.find_task(args.dataset), METHODS[args.method]
+    task, method = data.find_task(args.dataset), find_method(args.method)
     args = argparse.Namespace(**vars(args))
     args.dataset = task.name
     for name, value in (task.recipe | method.recipe).items():
@@ -290,18 +267,12 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
 def usual(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments of a run on the same task with the same method, model and number of epochs."""
     fixed = ("dataset", "method", "model", "epochs")
-    return settle(parser().parse_args([f"--{name}={getattr(args, name)}" for name in fixed]))
-
-
-def parser() -> Parser:
-    made = Parser(description=__doc__, prog="train.py")
-    add_flags(made.add_argument)
-    return made
+    return settle(train_parser().parse_args([f"--{name}={getattr(args, name)}" for name in fixed]))
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    with one_line(parser()):
+    args = train_parser(__doc__).parse_args(argv)
+    with one_line("train.py"):
         print(json.dumps(run(settle(args))))
 
 

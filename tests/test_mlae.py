@@ -238,6 +238,29 @@ def test_from_linear_keeps_the_mode_and_refuses_a_layer_with_experts():
         MLAELinear.from_linear(make())
 
 
+@pytest.mark.parametrize("name", ["linear1", "linear2"])
+def test_the_fast_path_of_torchs_transformer_does_not_bypass_the_experts(name):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval()
+    adapted = MLAELinear.from_linear(getattr(layer, name), rank=4)
+    nn.init.normal_(adapted.lora_B)
+    merged = copy.deepcopy(layer)
+    setattr(layer, name, adapted)
+    setattr(merged, name, adapted.to_linear())
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():  # else torch does not take the fast path
+        got, want = layer(x), merged(x)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    encoder = nn.TransformerEncoder(layer, 2).eval()  # two copies of it
+    plain = nn.TransformerEncoder(merged, 2).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), plain(x), atol=1e-4, rtol=0)
+
+
+def test_the_out_proj_of_torchs_attention_is_refused():
+    with pytest.raises(ValueError, match="nn.MultiheadAttention never calls its out_proj"):
+        MLAELinear.from_linear(nn.MultiheadAttention(8, 2).out_proj)
+
+
 def test_first_step_gradients():
     layer = MLAELinear(6, 10, rank=4, mask_prob=0)
     layer(torch.randn(5, 6)).square().sum().backward()

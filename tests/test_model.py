@@ -6,6 +6,7 @@ import json
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -92,7 +93,7 @@ def test_q_and_v_alone(nano, images):
         ("vit_small_patch16_dinov3", ["attn.qkv", "mlp.fc2"], 24, {"img_size": 32}),
         ("swin_tiny_patch4_window7_224", ["attn.qkv", "attn.proj"], 24, {}),
         ("convnext_atto", ["mlp.fc1", "mlp.fc2"], 24, {}),
-        ("cait_xxs24_224", ["attn.q"], 2, {}),
+        ("cait_xxs24_224", ["attn.q"], 26, {}),  # fused in 24 blocks, its own layer in 2
     ],
 )
 def test_families_of_timm(name, targets, count, kwargs):
@@ -157,7 +158,7 @@ def test_proj_does_not_hit_the_patch_embedding():
             self.patch_embed = nn.ModuleDict({"proj": nn.Linear(4, 4)})
             self.attn = nn.ModuleDict({"proj": nn.Linear(4, 4)})
 
-    assert models.inject(Net(), ["proj"]) == ["attn.proj"]
+    assert models.inject(Net(), ["proj"], head=()) == ["attn.proj"]
 
 
 def test_a_fused_layer_whose_heads_alternate_has_no_q_rows():
@@ -185,7 +186,37 @@ def test_injecting_twice_and_tied_weights_are_errors():
 def test_multihead_attention_is_not_bypassed_in_silence():
     net = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)})
     with pytest.raises(ModelError, match="'out_proj' matches no linear layer"):
-        models.inject(net, ["out_proj"])
+        models.inject(net, ["out_proj"], head="fc")
+
+
+def test_the_head_of_another_librarys_model_trains_and_is_saved(tmp_path):
+    net = torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=5)
+    with pytest.raises(ModelError, match="VisionTransformer does not tell its classifier"):
+        models.inject(net, ["mlp.0"])
+    with pytest.raises(ModelError, match="head 'fc' is not in VisionTransformer"):
+        models.inject(net, ["mlp.0"], head="fc")
+    names = models.inject(net, ["mlp.0", "mlp.3"], head="heads")
+    assert len(names) == 4 and net.adapted == (4, 4)
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert {"heads.head.weight", "heads.head.bias"} < trained
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    models.check_gradients(net)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.01 * parameter.requires_grad
+    models.save_adapter(net, tmp_path / "a.safetensors", {})
+    torch.manual_seed(0)
+    other = torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=5)
+    other.load_state_dict(models.merge(net).state_dict())
+    fresh = torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=5)
+    plain = {key: value for key, value in net.state_dict().items() if "lora" not in key}
+    fresh.load_state_dict({key: plain[key] for key in fresh.state_dict()})
+    torch.nn.init.zeros_(fresh.heads.head.weight)
+    models.inject(fresh, ["mlp.0", "mlp.3"], head="heads")
+    models.load_adapter(fresh, tmp_path / "a.safetensors")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(fresh.eval()(x), net.eval()(x))
+    torch.testing.assert_close(other.eval()(x), net(x), atol=1e-5, rtol=0)
 
 
 def test_masking_families(nano):

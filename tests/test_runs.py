@@ -1,16 +1,19 @@
 """What surrounds a run: its identity, folder, files and state."""
 
 import argparse
+import dataclasses
 import json
 
 import pytest
 
+import mlae
 import runs
 import train
+from baselines import METHODS
 
 
 def settled(*words):
-    return train.settle(train.parser().parse_args([*words]))
+    return train.settle(train.train_parser().parse_args([*words]))
 
 
 def own(*words):
@@ -29,7 +32,7 @@ def test_an_identity_is_what_differs_from_the_defaults():
 
 
 def test_machine_and_place_are_not_what_a_run_is():
-    words = "--device cpu --workers 0 --out elsewhere --data-dir photos --resume"
+    words = "--device cpu --workers 0 --out elsewhere --data-dir photos --resume --overwrite"
     assert own(*words.split()) == own()
 
 
@@ -56,16 +59,29 @@ def test_the_folder_says_what_differs():
     )
 
 
+RESULT = {"official": True, "digest": "", "images": 3}
+
+
+def test_a_layer_of_ones_own_makes_another_run(monkeypatch):
+    class Mine(mlae.MLAELinear):
+        pass
+
+    assert all(row.signature() == {} for row in METHODS.values())
+    row = dataclasses.replace(METHODS["mlae"], layer=Mine)
+    assert "Mine" in row.signature()["layer"]
+    assert dataclasses.replace(METHODS["mlae"], version=2).signature() == {"version": 2}
+
+
 def write(folder, arguments, **metrics):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"arguments": arguments}))
-    (folder / "metrics.json").write_text(json.dumps({"official": True, "digest": ""} | metrics))
+    (folder / "metrics.json").write_text(json.dumps(RESULT | metrics))
 
 
 def test_a_result_of_other_defaults_is_not_taken_for_this_run(tmp_path):
     args = argparse.Namespace(lr=1e-3, out="runs", new_flag=1)
     write(tmp_path / "a", {"lr": 1e-3, "out": "elsewhere"})
-    assert runs.finished(tmp_path / "a", args) == {"official": True, "digest": ""}
+    assert runs.finished(tmp_path / "a", args) == RESULT
     write(tmp_path / "b", {"lr": 2e-3})
     with pytest.raises(runs.RunError, match="was run with --lr 0.002, the default of its time"):
         runs.finished(tmp_path / "b", args)

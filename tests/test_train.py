@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_recomputation_is_refused_where_there_is_none(run, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run("--grad-checkpoint")
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and "--grad-checkpoint: vit_nano cannot recompute its blocks" in err
+    assert stop.value.code == 2 and "--grad-checkpoint: vit_nano cannot do that" in err
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(run):
@@ -261,8 +262,8 @@ def test_lambda_of_lora_stays_where_coef_init_put_it(run):
 def test_what_trains_is_printed(run, capsys):
     train.main(["--device", "cpu", "--epochs", "1"])
     count = 6 * 8 * (96 + 288 + 1) + 970
-    text = f"{count:,} of {688_138 + count - 970:,} parameters train, 970 of them in the head"
-    assert text in capsys.readouterr().out
+    text = f"{count:,} of {688_138 + count - 970:,} parameters train, 970 in the head"
+    assert f"6 of 24 linear layers adapted; {text}" in capsys.readouterr().out
 
 
 def test_a_vtab_task_from_its_prepared_folder(run, cifar):
@@ -447,12 +448,54 @@ def test_the_command_line_itself(tmp_path):
         bad.returncode == 2
         and bad.stderr == "train.py: error: unknown dataset 'cifra': did you mean 'cifar'?\n"
     )
-    assert (
-        subprocess.run(
-            [sys.executable, ROOT / "train.py", "--help"], capture_output=True
-        ).returncode
-        == 0
+    for script in ("train.py", "suite.py"):  # it answers at once: nothing slow is imported
+        command = [sys.executable, "-X", "importtime", ROOT / script, "--help"]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        assert answer.returncode == 0 and "--mask-prob" in answer.stdout
+        assert "torch" not in answer.stderr and "timm" not in answer.stderr
+        assert "numpy" not in answer.stderr
+
+
+def test_the_same_command_again_loses_nothing(run, monkeypatch, capsys):
+    first = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "create_model", None)  # nothing trains again
+        assert run() == first
+        train.main(["--epochs", "2", "--img-size", "14", "--device", "cpu"])
+        assert capsys.readouterr().out.startswith("finished before, so not run again (--overwrite")
+    (Path(first["run"]) / "metrics.json").write_text("{}")  # whoever reads it runs again
+    assert run("--overwrite")["test_loss"] == first["test_loss"]
+    stop_after(monkeypatch, 1)
+    with pytest.raises(SystemExit) as stop:
+        run("--seed", 1)
+    [folder] = Path("runs/digits").glob("*seed1*")
+    state = (folder / "state.pt").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run("--seed", 1)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and err.count("\n") == 1
+    assert "was interrupted: --resume goes on, --overwrite starts anew" in err
+    assert (folder / "state.pt").read_bytes() == state
+    assert run("--seed", 1, "--overwrite")["test_loss"] == pytest.approx(
+        run("--seed", 1, "--out", "elsewhere")["test_loss"]
     )
+
+
+def test_what_looks_like_success_and_is_not_is_said(run, capsys, tmp_path):
+    run("--resume", "--data-dir", tmp_path / "photos", "--lr", 1e-9)
+    train.main(["--epochs", "2", "--img-size", "14", "--resume", "--lr", "1e-9", "--seed", "1"])
+    out, err = capsys.readouterr()
+    assert "nothing to resume in runs/digits/mlae" in out
+    assert "warning: hardly anything was learned (training top-1 is " in err
+    assert "--data-dir" not in err
+    train.main(["--epochs", "2", "--img-size", "14", "--data-dir", "photos"])
+    out, err = capsys.readouterr()
+    assert "note: --dataset digits is in this repository, --data-dir is not read" in err
+    assert "warning" not in err
+    lines = out.splitlines()  # without a terminal: a line an epoch, then one for people, then JSON
+    assert [line.split(":")[0] for line in lines[2:4]] == ["epoch 1", "epoch 2"]
+    assert re.fullmatch(r"test top-1 \d+\.\d\d % \(797 images\), run runs/digits/\S+", lines[-2])
 
 
 class Scale(torch.nn.Linear):

@@ -1,0 +1,145 @@
+"""Every flag of a run. It imports no torch, so that --help and typing errors answer at once.
+
+    train_parser().parse_args(["--dataset", "dtd"])
+
+The flags of a method are None here: `baselines.METHODS` has its defaults, `data.TASKS` those of a
+task, and `train.settle` fills both in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+AMP = ["auto", "bf16", "fp16", "off"]
+DEVICES = ["auto", "cpu", "cuda", "mps"]
+NORMS = ["imagenet", "none", "model"]
+FORMATS = ["markdown", "csv", "json", "latex"]
+PLACE = ("device", "workers", "out", "data_dir", "resume", "overwrite")  # not what a run is
+SOURCES = ["auto", "original", "prepared"]
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command in one line on stderr, with exit code 2."""
+
+    def __init__(self, **kwargs) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=raw, allow_abbrev=False, **kwargs)
+        # without a network the hub writes a line for every retry
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+    def error(self, message: str) -> None:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind: type, low: float, high: float, expected: str) -> Callable:
+    """A flag's type: an int or float in [low, high)."""
+
+    def parse(text: str):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"must be {expected}, not {text}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return parse
+
+
+COUNT = number(int, 1, 2**31, "1 or more")
+WHOLE = number(int, 0, 2**31, f"from 0 to {2**31 - 1}")
+FRACTION = number(float, 0, 1, "in [0, 1)")
+POSITIVE = number(float, math.ulp(0.0), math.inf, "above 0")
+
+
+def add_flags(group: Callable[[str], Callable]) -> None:
+    """Every flag of a run; group(title) returns what adds a flag under that title."""
+    flag = group("data")
+    flag("--dataset", default="digits", help="a task name, or see suite.py (default: digits)")
+    flag("--data-dir", type=os.path.abspath, default="data", help="where data lie (default: data)")
+    help_of_source = "original, prepared, or auto (originals if available; default)"
+    flag("--source", choices=SOURCES, default="auto", help=help_of_source)
+    flag("--img-size", type=COUNT, help="side in pixels (default: the model's own)")
+    help_of_norms = "mean and std of the inputs (default: imagenet, as in most published numbers)"
+    flag("--normalize", choices=NORMS, default="imagenet", help=help_of_norms)
+
+    flag = group("model")
+    flag("--model", help="timm name with its tag (default: the paper's ViT-B/16; digits: vit_nano)")
+    flag("--checkpoint", type=os.path.abspath, help="local .safetensors, .pth or .npz")
+    flag("--no-pretrained", action="store_true", help="start from random weights")
+
+    flag = group("method")
+    flag("--method", default="mlae", help="a row of METHODS in baselines.py (default: mlae)")
+    help_of_targets = "layers to adapt, by name suffix (default: attn.qkv, the paper's)"
+    flag("--targets", nargs="+", metavar="PATH", help=help_of_targets)
+    flag("--rank", type=COUNT, help="experts per layer (default: 8; 0.30 M parameters on ViT-B)")
+    flag("--coef-init", type=POSITIVE, help="first lambda; of lora alpha / rank (default: 1)")
+
+    flag = group("masking")
+    flag("--mask-prob", type=FRACTION, help="masking probability p (default: 0.5, the paper's)")
+    help_of_masking = "stochastic, fixed or mixed (default: stochastic, the paper's best)"
+    flag("--masking", help=help_of_masking)
+    help_of_patterns = "p over depth: random, incremental, decremental, hourglass or protruding"
+    flag("--mask-pattern", dest="pattern", help=f"{help_of_patterns} (default: random)")
+    help_of_schedules = "p over training: constant, increase or decrease (default: constant)"
+    flag("--mask-schedule", dest="schedule", help=help_of_schedules)
+
+    flag = group("optimisation")
+    flag("--epochs", type=COUNT, help="passes over the images (default: 100, as common; digits 20)")
+    flag("--batch-size", type=COUNT, default=64, help="default: 64, as published; none is dropped")
+    flag("--lr", type=POSITIVE, help="AdamW's peak (default: 1e-3, as common; digits: 8e-3)")
+    flag("--weight-decay", type=FRACTION, default=1e-4, help="of matrices (default: 1e-4)")
+    flag("--warmup-epochs", type=float, help="linear, then cosine to 0 (default: a tenth of all)")
+    flag("--drop-path", type=FRACTION, help="stochastic depth (default: 0.1; digits, linear: 0)")
+    flag("--label-smoothing", type=FRACTION, default=0.0, help="default: 0, none")
+
+    flag = group("run")
+    flag("--seed", type=WHOLE, default=0, help="random seed (default: 0)")
+    flag("--val", action="store_true", help="train on 800, score val200: to choose settings")
+    flag("--amp", choices=AMP, default="auto", help="mixed precision (default: bf16 on CUDA)")
+    flag("--compile", action="store_true", help="torch.compile (takes longer than the demo)")
+    flag("--grad-checkpoint", action="store_true", help="recompute blocks: less memory, more time")
+    help_of_parts = "split each batch into N parts (less memory); each draws its own mask"
+    flag("--accumulate", type=COUNT, default=1, metavar="N", help=f"{help_of_parts} (default: 1)")
+    flag("--device", choices=DEVICES, default="auto", help="default: auto, the fastest here")
+    flag("--workers", type=WHOLE, default=4, help="image-decoding processes (0: the main process)")
+    flag("--out", default="runs", help="where run folders go (default: runs)")
+    flag("--resume", action="store_true", help="go on after the last whole epoch of this run")
+    flag("--overwrite", action="store_true", help="start this run anew, whatever it has left")
+
+
+def train_parser(manual: str | None = None) -> Parser:
+    """The parser of train.py, with its manual at the top of --help."""
+    parser = Parser(description=manual, prog="train.py", usage="train.py [flags]")
+    add_flags(lambda title: parser.add_argument_group(title).add_argument)
+    return parser
+
+
+def suite_parser(manual: str | None = None) -> Parser:
+    """The parser of suite.py: train.py's flags, with several values where that makes sense."""
+    parser = Parser(description=manual, prog="suite.py", usage="suite.py [flags]")
+
+    def group(title: str) -> Callable:
+        add = parser.add_argument_group(title).add_argument
+
+        def flag(name: str, **options) -> None:
+            if name == "--resume":  # a suite always goes on
+                return
+            if name[2:].replace("-", "_") in PLACE or "action" in options:
+                add(name, **options)
+            elif "nargs" in options:  # a list already: commas inside a value
+                add(name, **options, type=lambda text: text.split(","))
+            else:
+                add(name, nargs="+", **options)
+
+        return flag
+
+    add_flags(group)
+    flag = parser.add_argument_group("table").add_argument
+    flag("--table", metavar="FOLDER", type=Path, help="print the runs in a folder, run nothing")
+    flag("--format", choices=FORMATS, default="markdown", help="of the table (default: markdown)")
+    return parser

@@ -1,0 +1,288 @@
+"""The table of what has been run: means over seeds, tasks and groups, beside published results.
+
+rows = rows_of(collect("runs", tasks=data.TASKS, methods=METHODS))
+print(tabulate(rows, "latex"))
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import data
+from runs import Result
+
+PROTOCOL = "here: the last epoch's weights, scored once; mean ± standard deviation over seeds (n)"
+GROUPED = ("vtab-1k",)  # benchmarks with a mean of groups
+PUBLISHED = Path(__file__).resolve().parent / "results" / "published.csv"
+WIDE = 6  # tasks and means that are columns of a table; more are its lines
+
+
+@dataclass
+class Row:
+    """A cell of the table: one configuration on one task, or its mean over tasks.
+
+    `top1` is in percent over n seeds, `std` their sample standard deviation. `official`: all data
+    are the benchmark's own, and of a mean `tasks` of `of` tasks are there with the same seeds.
+    """
+
+    group: str
+    task: str
+    official: bool
+    top1: float | None
+    std: float | None
+    seeds: list[int]
+    n: int
+    tasks: int = 1
+    of: int = 1
+    data: str = ""
+    benchmark: str = ""
+    split: str = ""
+    method: str = ""
+    configuration: str = ""
+
+
+def rows_of(results: list[Result]) -> list[Row]:
+    """A row for each task and configuration, and for each mean of tasks.
+
+    Runs are of one configuration if their identities differ in task and seed alone.
+    """
+    tables: dict[tuple, dict] = {}  # (benchmark, split, settings) -> task -> seed -> result
+    arguments = {}  # settings -> all arguments of one of its runs
+    for result in results:
+        settings = {"model": result.metrics["model"]}  # with its weights
+        for name, value in result.identity.items():
+            if name not in ("dataset", "seed", "val", "checkpoint", "model"):
+                settings[name] = value
+        task = data.TASKS[result.metrics["dataset"]]
+        key = task.benchmark, result.split, json.dumps(settings, sort_keys=True)
+        by_task = tables.setdefault(key, {})
+        by_seed = by_task.setdefault(task.name, {})
+        by_seed[result.metrics["seed"]] = result
+        arguments[key] = result.arguments | {"model": settings["model"]}
+    rows = []
+    for key, found in tables.items():
+        benchmark, split, _ = key
+        rivals = [json.loads(other[2]) for other in tables if other[:2] == key[:2]]
+        for row in task_rows(benchmark, found) + mean_rows(benchmark, found):
+            row.benchmark, row.split = benchmark, split
+            row.method = arguments[key]["method"]
+            row.configuration = label(arguments[key], rivals)
+            rows.append(row)
+    return rows
+
+
+def label(arguments: dict, rivals: list[dict]) -> str:
+    """The method, and its settings in which the configurations of the table differ."""
+    words = [arguments["method"]]
+    for name, value in arguments.items():
+        choices = {json.dumps(rival.get(name)) for rival in rivals}
+        if name != "method" and len(choices) > 1 and value is not None:
+            words.append(f"{name}={value}")
+    return " ".join(words)
+
+
+def task_rows(benchmark: str, found: dict) -> list[Row]:
+    """A row for each task that has a result."""
+    rows = []
+    for task in data.tasks_of(benchmark):
+        results = found.get(task.name, {})
+        if not results:
+            continue
+        sources = {result.metrics["data"] for result in results.values()}
+        scores = {seed: result.top1 for seed, result in results.items()}
+        row = Row(task.group, task.name, is_official(results), *over_seeds(scores))
+        row.data = "; ".join(sorted(sources))
+        rows.append(row)
+    return rows
+
+
+def mean_rows(benchmark: str, found: dict) -> list[Row]:
+    """The means of a suite: of each group, of the groups, of the tasks; none of one task alone."""
+    if benchmark not in data.SUITES.values() or len(found) == 1:
+        return []
+    official: dict[str, dict] = {}  # task -> seed -> top-1
+    groups: dict[str, list] = {}  # group -> names of its tasks
+    for task in data.tasks_of(benchmark):
+        groups.setdefault(task.group, []).append(task.name)
+        results = found.get(task.name, {})
+        if is_official(results):
+            official[task.name] = {seed: result.top1 for seed, result in results.items()}
+    scores = list(official.values())
+    count = len(data.tasks_of(benchmark))
+    of_tasks = mean_row("mean of tasks", mean_over(scores), scores, count)
+    if benchmark not in GROUPED:
+        return [of_tasks]
+    rows, group_means = [], []
+    for group, names in groups.items():
+        members = [official[name] for name in names if name in official]
+        group_means.append(mean_over(members))
+        rows.append(mean_row(group, group_means[-1], members, len(names)))
+    of_groups = mean_over(group_means) if all(group_means) else {}
+    return [*rows, mean_row("mean of groups", of_groups, scores, count), of_tasks]
+
+
+def mean_row(name: str, mean: dict, scores: list[dict], of: int) -> Row:
+    """The row of a mean {seed: top-1} over `scores`, out of `of` tasks."""
+    whole = len(scores) == of and None not in mean
+    row = Row("mean", name, whole, *over_seeds(mean), tasks=len(scores), of=of)
+    row.n = min(map(len, scores)) if mean else 0
+    return row
+
+
+def is_official(results: dict[int, Result]) -> bool:
+    """Whether there are results and all are on the benchmark's own images."""
+    return bool(results) and all(result.metrics["official"] for result in results.values())
+
+
+def mean_over(scores: list[dict]) -> dict:
+    """The mean of several {seed: top-1}, seed by seed if all have the same; else {None: mean}.
+
+    Of tasks it is the mean of tasks, or of a group; of groups it is the mean of groups.
+    """
+    if not scores:
+        return {}
+    seeds = scores[0].keys()
+    if any(score.keys() != seeds for score in scores):
+        means = [statistics.mean(score.values()) for score in scores]
+        return {None: statistics.mean(means)}
+    mean = {}
+    for seed in seeds:
+        values = [score[seed] for score in scores]
+        mean[seed] = statistics.mean(values)
+    return mean
+
+
+def over_seeds(scores: dict) -> tuple:
+    """(mean, sample standard deviation, seeds, their number) of {seed: top-1}."""
+    if not scores:
+        return None, None, [], 0
+    values = list(scores.values())
+    std = round(statistics.stdev(values), 2) if len(values) > 1 else None
+    seeds = sorted(seed for seed in scores if seed is not None)
+    return round(statistics.mean(values), 2), std, seeds, len(values)
+
+
+def tabulate(rows: list[Row], form: str = "markdown") -> str:
+    """The table as markdown, csv, json or latex (booktabs; the tabulars alone).
+
+    Markdown and json have published results too, if a suite's test results are in the table.
+    """
+    with open(PUBLISHED, newline="", encoding="utf-8") as file:
+        published = list(csv.DictReader(file))
+    if form == "json":
+        own = [asdict(row) for row in rows]
+        return json.dumps({"runs": own, "published": published}, indent=1)
+    if form == "csv":
+        return as_csv(rows)
+    blocks = []
+    for benchmark, split in dict.fromkeys((row.benchmark, row.split) for row in rows):
+        own = [row for row in rows if row.benchmark == benchmark and row.split == split]
+        if form == "latex":
+            blocks.append(as_latex(grid(own)))
+        else:
+            blocks += [*partial(own), as_markdown(grid(own)), notes(own)]
+    if form == "latex":
+        return "\n\n".join(blocks)
+    blocks.append(PROTOCOL)
+    if any(row.group == "mean" and row.split == "test" for row in rows):
+        head = ["published, ViT-B/16 IN-21k", "vtab-1k groups", "vtab-1k tasks", "fgvc"]
+        lines = [[*head, "groups by best test epoch", "protocol"]]
+        for entry in published:
+            lines.append([value or "-" for value in entry.values()])
+        blocks.append(as_markdown(lines))
+    return "\n\n".join(blocks)
+
+
+def partial(rows: list[Row]) -> list[str]:
+    """A sentence for each configuration that is not yet a result of its suite."""
+    sentences = []
+    for row in rows:
+        if row.task == "mean of tasks" and not row.official:
+            count = f"{row.tasks} of {row.of} tasks with official data"
+            unequal = ", of unequal seeds" if row.tasks == row.of else ""
+            name = f"{row.benchmark} result: {row.configuration}"
+            sentences.append(f"PARTIAL, no {name} has {count}{unequal}.")
+    return sentences
+
+
+def notes(rows: list[Row]) -> str:
+    """What the images of each task are, and what a star in the table means."""
+    lines = {}  # each once, in order
+    for row in rows:
+        if row.of == 1:
+            lines[f"{row.task}: {row.data}"] = True
+    if any(row.of == 1 and not row.official for row in rows):
+        name = rows[0].benchmark
+        lines[f"* a subset of {name} or not its official images; in no mean."] = True
+    return "\n".join(lines)
+
+
+def grid(rows: list[Row]) -> list[list[str]]:
+    """Lines of cells: a line for each configuration and a column for each task and mean, or the
+    other way round where there are many tasks."""
+    names = sorted({row.configuration for row in rows})
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    text = {(row.configuration, row.task): cell(row) for row in rows}
+    corner = f"{rows[0].benchmark}, {rows[0].split} top-1 (%)"
+    if len(tasks) <= WIDE:
+        lines = [[corner, *tasks]]
+        for name in names:
+            lines.append([name, *(text.get((name, task), "-") for task in tasks)])
+        return lines
+    lines = [[corner, *names]]
+    for task in tasks:
+        lines.append([task, *(text.get((name, task), "-") for name in names)])
+    return lines
+
+
+def cell(row: Row) -> str:
+    """For example 71.00 ± 1.00 (3), with a mark if it is not the benchmark's."""
+    if row.top1 is None:
+        return "-"
+    deviation = "" if row.std is None else f" ± {row.std:.2f}"
+    mark = "*" if row.of == 1 else f"[{row.tasks} of {row.of} tasks]"
+    return f"{row.top1:.2f}{deviation} ({row.n}) {'' if row.official else mark}".rstrip()
+
+
+def as_markdown(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    text = []
+    for line in [lines[0], rule, *lines[1:]]:
+        cells = map(str.ljust, line, widths)
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def as_latex(lines: list[list[str]]) -> str:
+    r"""A tabular; its document needs \usepackage{booktabs}."""
+    escapes = {"_": r"\_", "%": r"\%", "&": r"\&", "±": r"$\pm$", "#": r"\#"}
+    text = []
+    for line in lines:
+        cells = [word.translate(str.maketrans(escapes)) for word in line]
+        text.append(" & ".join(cells) + r" \\")
+    head = rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}"
+    rules = [head, r"\toprule", text[0], r"\midrule", *text[1:], r"\bottomrule"]
+    return "\n".join([*rules, r"\end{tabular}"])
+
+
+def as_csv(rows: list[Row]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(asdict(rows[0]))
+    for row in rows:
+        writer.writerow(asdict(row).values())
+    return file.getvalue().rstrip()
+
+
+def summary(row: Row) -> dict:
+    """A row under the names of metrics.json."""
+    top1 = f"{row.split}_top1"
+    own = {"dataset": row.task, "method": row.method, "configuration": row.configuration}
+    own |= {"seeds": row.seeds, "n": row.n, "official": row.official}
+    return own | {top1: row.top1, f"{top1}_std": row.std}
