@@ -2,6 +2,7 @@
 
     python plot.py runs/digits/mlae-vit_nano-seed0-...      # its loss and accuracy over the epochs
     python plot.py runs/digits/* --out curves.png           # several: mean and range over seeds
+    python plot.py --method-picture method.png              # what masking does, as in README
 
 Runs that differ in nothing but the seed are one line with a band. `bench.py --plot` draws its
 sweeps with `draw_sweeps`.
@@ -131,12 +132,72 @@ def draw_curves(curves: dict[str, list[tuple]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def draw_method(path: Path) -> None:
+    """What masking does: a frozen weight and six experts at two steps, in scoring and merged."""
+    figure, axes = new_figure(1, 1, (7.2, 3.7))
+    axis = axes[0, 0]
+    axis.set(xlim=(-2.6, 9.4), ylim=(-5.6, 1.6), aspect="equal")
+    axis.axis("off")
+    rows = [
+        ("a training step", [1, 0, 1, 1, 0, 0], "kept: times 1 / (1 - p)"),
+        ("the next step", [0, 1, 1, 0, 1, 0], "another mask"),
+        ("scoring", [1] * 6, "all experts, as they are"),
+    ]
+    for line, (name, mask, note) in enumerate(rows):
+        y = -1.75 * line
+        axis.text(-2.5, y + 0.5, name, va="center", fontsize=9)
+        draw_matrix(axis, 0, y, "0.6", "W")
+        for i, kept in enumerate(mask):
+            x = 1.3 * (i + 1)
+            axis.text(x - 0.17, y + 0.5, "+", ha="center", va="center", fontsize=9)
+            draw_expert(axis, x, y, i + 1, kept)
+        axis.text(9.15, y - 0.28, note, ha="right", fontsize=8, color="0.3")
+    draw_matrix(axis, 0, -5.5, "C0", "W'", height=0.9)
+    axis.text(-2.5, -5.05, "merged", va="center", fontsize=9)
+    words = "one plain linear layer: W' = W + Σ λᵢ bᵢ aᵢ, nothing left to pay"
+    axis.text(1.25, -5.05, words, va="center", fontsize=9)
+    axis.text(0.5, 1.2, "frozen", ha="center", fontsize=8)
+    axis.text(5.0, 1.2, "rank-1 experts  λᵢ bᵢ aᵢ", ha="center", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def draw_matrix(axis, x: float, y: float, color: str, name: str, height: float = 1) -> None:
+    """A square with a name in it."""
+    from matplotlib.patches import Rectangle
+
+    axis.add_patch(Rectangle((x, y), 1, height, color=color, alpha=0.5))
+    axis.text(x + 0.5, y + height / 2, name, ha="center", va="center", fontsize=10)
+
+
+def draw_expert(axis, x: float, y: float, number: int, kept: int) -> None:
+    """An expert as the outer product of a column b and a row a, crossed out if it is masked."""
+    from matplotlib.patches import Rectangle
+
+    strong, weak = ("C1", 0.25) if kept else ("0.75", 0.0)
+    axis.add_patch(Rectangle((x, y), 0.14, 0.8, color=strong))  # b
+    axis.add_patch(Rectangle((x + 0.2, y + 0.86), 0.8, 0.14, color=strong))  # a
+    edge = {"edgecolor": strong, "linestyle": "-" if kept else ":"}
+    axis.add_patch(Rectangle((x + 0.2, y), 0.8, 0.8, facecolor=(1, 0.5, 0, weak), **edge))
+    text = f"λ{'₁₂₃₄₅₆'[number - 1]}" if kept else "×"
+    color = "black" if kept else "0.5"
+    axis.text(x + 0.6, y + 0.4, text, ha="center", va="center", fontsize=9, color=color)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs")
+    parser.add_argument(
+        "--method-picture", type=Path, metavar="FILE", help="draw what masking does"
+    )
     parser.add_argument("--out", type=Path, help="the file (default: curves.png in the first run)")
     args = parser.parse_args(argv)
     with one_line("plot.py"):
+        if args.method_picture:
+            check_file(args.method_picture)
+            draw_method(args.method_picture)
+            return
+        if not args.runs:
+            raise RunError("name the folder of a run, or several")
         path = args.out or args.runs[0] / "curves.png"
         check_file(path)
         draw_curves(read_curves(args.runs), path)

@@ -64,14 +64,18 @@ def rows_of(results: list[Result]) -> list[Row]:
         by_seed = by_task.setdefault(task.name, {})
         by_seed[result.metrics["seed"]] = result
         arguments[key] = result.arguments | {"model": settings["model"]}
+    # one task alone has no means
+    with_means = {key[:2] for key, found in tables.items() if len(found) > 1}
     rows = []
     for key, found in tables.items():
         benchmark, split, _ = key
         rivals = [json.loads(other[2]) for other in tables if other[:2] == key[:2]]
-        for row in task_rows(benchmark, found) + mean_rows(benchmark, found):
+        means = mean_rows(benchmark, found) if key[:2] in with_means else []
+        for row in task_rows(benchmark, found) + means:
             row.benchmark, row.split = benchmark, split
-            row.method = arguments[key]["method"]
-            row.configuration = label(arguments[key], rivals)
+            settings = arguments[key]
+            row.method = settings["method"]
+            row.configuration = label(settings, rivals)
             rows.append(row)
     return rows
 
@@ -102,8 +106,8 @@ def task_rows(benchmark: str, found: dict) -> list[Row]:
 
 
 def mean_rows(benchmark: str, found: dict) -> list[Row]:
-    """The means of a suite: of each group, of the groups, of the tasks; none of one task alone."""
-    if benchmark not in data.SUITES.values() or len(found) == 1:
+    """The means of a suite: of each group, of the groups, of the tasks; nothing for other tasks."""
+    if benchmark not in data.SUITES.values():
         return []
     official: dict[str, dict] = {}  # task -> seed -> top-1
     groups: dict[str, list] = {}  # group -> names of its tasks
@@ -232,11 +236,13 @@ def grid(rows: list[Row]) -> list[list[str]]:
     if len(tasks) <= WIDE:
         lines = [[corner, *tasks]]
         for name in names:
-            lines.append([name, *(text.get((name, task), "-") for task in tasks)])
+            cells = [text.get((name, task), "-") for task in tasks]
+            lines.append([name, *cells])
         return lines
     lines = [[corner, *names]]
     for task in tasks:
-        lines.append([task, *(text.get((name, task), "-") for name in names)])
+        cells = [text.get((name, task), "-") for name in names]
+        lines.append([task, *cells])
     return lines
 
 
