@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
 import splits
-from images import find, inside, lines
-from splits import DataError
+from images import find, inside, lines, open_image
+from splits import DataError, regular
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def in_memory(images: np.ndarray, labels: Iterable[int]) -> Content:
 def cifar(root: Path, split: str) -> Content:
     listed = datasets.CIFAR100.train_list if split == "train" else datasets.CIFAR100.test_list
     [[name, md5]] = listed
-    path = root / "cifar-100-python" / name
+    path = regular(root / "cifar-100-python" / name)
     if not check_integrity(path, md5):  # a pickle can run code: only the publisher's is opened
         raise ValueError(f"{path.name} has another md5 than the published one")
     with open(path, "rb") as file:
@@ -190,7 +189,7 @@ def clevr(root: Path, split: str, label: Callable) -> Content:
     name = {"train": "train", "validation": "val"}[split]
     listing = folder / "scenes" / f"CLEVR_{name}_scenes.json"
     labels = {}
-    for scene in json.loads(listing.read_text())["scenes"]:
+    for scene in json.loads(regular(listing).read_text())["scenes"]:
         key = inside(scene["image_filename"], listing)
         labels[key] = label(scene["objects"])
     keys = sorted(labels)
@@ -200,8 +199,8 @@ def clevr(root: Path, split: str, label: Callable) -> Content:
 def kitti(root: Path, split: str, label: Callable) -> Content:
     folder = find(root, "training/label_2")
     devkit = find(root, "mapping/train_rand.txt").parent
-    numbers = (devkit / "train_rand.txt").read_text().split(",")
-    frames = (devkit / "train_mapping.txt").read_text().splitlines()
+    numbers = regular(devkit / "train_rand.txt").read_text().split(",")
+    frames = regular(devkit / "train_mapping.txt").read_text().splitlines()
     videos = {}
     for image, number in enumerate(numbers):
         videos[image] = frames[int(number) - 1].split()[1]
@@ -209,7 +208,7 @@ def kitti(root: Path, split: str, label: Callable) -> Content:
     labels = []
     for key in keys:
         listing = folder / f"{key[:6]}.txt"
-        labels.append(label(listing.read_text()))
+        labels.append(label(regular(listing).read_text()))
     return in_files(folder.parent / "image_2", keys, labels)
 
 
@@ -218,7 +217,7 @@ def retinopathy(root: Path, split: str) -> Content:
     usage = {"train": None, "validation": "Public", "test": "Private"}[split]
     listing = "retinopathy_solution.csv" if usage else "trainLabels.csv"
     keys, labels = [], []
-    with open(folder / listing, newline="") as file:
+    with open(regular(folder / listing), newline="") as file:
         for row in csv.DictReader(file):
             if row.get("Usage") == usage:
                 keys.append(inside(row["image"], folder / listing))
@@ -227,7 +226,7 @@ def retinopathy(root: Path, split: str) -> Content:
     def images(rows: list[int]) -> list[Path]:
         paths = [folder / ("test" if usage else "train") / f"{keys[row]}.jpeg" for row in rows]
         for path in paths:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 width, height = image.size
             if width != 540 or height > 540:
                 raise DataError(
@@ -260,7 +259,7 @@ def dmlab(root: Path, split: str) -> Content:
 
 def tf_records(path: Path) -> list[memoryview]:
     """The records of a TFRecord file, each with its crc behind it; checks those of the lengths."""
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     view = memoryview(mapped)
     lengths, records = [], []

@@ -43,6 +43,13 @@ class Missing(DataError):
     """Originals that are not there and cannot be fetched now."""
 
 
+def regular(path: Path) -> Path:
+    """The path; OSError for a pipe, device or folder there: opening a pipe can wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    return path
+
+
 def tfds_order(keys: Iterable, split: str) -> list:
     """The keys (str or int) in the order in which TFDS stores the split of that name.
 
