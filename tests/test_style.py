@@ -65,11 +65,21 @@ def test_a_script_is_short_and_not_dense(script):
 def test_the_reading_path_is_short():
     path = [(ROOT / name).read_text() for name in ("mlae.py", "model.py", "train.py")]
     assert sum(code(source)[0] for source in path) <= 5500
-    assert len(SCRIPTS) <= 15
+    assert len(SCRIPTS) <= 16
 
 
 # who may import whom: a script imports only from those above it
-ROOMS = ["mlae", "baselines", "backbone", "model", "splits", "images", "originals", "sources"]
+ROOMS = [
+    "mlae",
+    "baselines",
+    "weights",
+    "backbone",
+    "model",
+    "splits",
+    "images",
+    "originals",
+    "sources",
+]
 ROOMS += ["data", "runs", "eval", "train", "suite", "plot", "bench"]
 
 
