@@ -155,6 +155,12 @@ def load_strictly(
             name = architecture(model)
             raise ModelError(f"{file} does not fit {name} as it was made: it {problem} {few(keys)}")
     check_values(state, own, file)
+    for key in own:
+        rows = state[key]
+        if key.endswith(".rows"):
+            outputs = model.get_submodule(key.removesuffix(".rows")).out_features
+            if rows.min() < 0 or rows.max() >= outputs or len(rows.unique()) < len(rows):
+                raise ModelError(f"{file}: {key} are not different rows from 0 to {outputs - 1}")
     model.load_state_dict(state, strict=False)  # the rest of the model keeps its values
 
 

@@ -1,8 +1,7 @@
 """The original data sets: one short reader each.
 
-A reader reads one split of TFDS at a time and opens no other split's files where the original
-keeps them apart. Originals lie in <root> as torchvision's classes leave them; what torchvision
-does not know may lie up to three folders deeper.
+A reader reads one split of TFDS and opens no other's files where the original keeps them apart.
+Originals lie in <root> as torchvision leaves them; what it does not know, up to 3 folders deeper.
 
     dtd(Path("data"), "train").keys                # those of TFDS's whole training split
 """
@@ -155,7 +154,8 @@ def pcam(root: Path, split: str) -> Content:
 
 
 def dsprites(root: Path, split: str, label: Callable) -> Content:
-    with np.load(find(root, "dsprites_ndarray_*64x64.npz")) as file:
+    path = find(root, "dsprites_ndarray_*64x64.npz")
+    with np.load(path) as file:
         images = file["imgs"]  # (N, 64, 64) of 0 and 1
         labels = label(file["latents_classes"])  # of (N, 6)
     in_file = in_memory(images, labels)
@@ -199,8 +199,8 @@ def clevr(root: Path, split: str, label: Callable) -> Content:
 def kitti(root: Path, split: str, label: Callable) -> Content:
     folder = find(root, "training/label_2")
     devkit = find(root, "mapping/train_rand.txt").parent
-    numbers = regular(devkit / "train_rand.txt").read_text().split(",")
-    frames = regular(devkit / "train_mapping.txt").read_text().splitlines()
+    numbers = (devkit / "train_rand.txt").read_text().split(",")
+    frames = (devkit / "train_mapping.txt").read_text().splitlines()
     videos = {}
     for image, number in enumerate(numbers):
         videos[image] = frames[int(number) - 1].split()[1]
@@ -208,7 +208,8 @@ def kitti(root: Path, split: str, label: Callable) -> Content:
     labels = []
     for key in keys:
         listing = folder / f"{key[:6]}.txt"
-        labels.append(label(regular(listing).read_text()))
+        text = regular(listing).read_text()
+        labels.append(label(text))
     return in_files(folder.parent / "image_2", keys, labels)
 
 
@@ -217,7 +218,7 @@ def retinopathy(root: Path, split: str) -> Content:
     usage = {"train": None, "validation": "Public", "test": "Private"}[split]
     listing = "retinopathy_solution.csv" if usage else "trainLabels.csv"
     keys, labels = [], []
-    with open(regular(folder / listing), newline="") as file:
+    with open(folder / listing, newline="") as file:
         for row in csv.DictReader(file):
             if row.get("Usage") == usage:
                 keys.append(inside(row["image"], folder / listing))
@@ -226,8 +227,9 @@ def retinopathy(root: Path, split: str) -> Content:
     def images(rows: list[int]) -> list[Path]:
         paths = [folder / ("test" if usage else "train") / f"{keys[row]}.jpeg" for row in rows]
         for path in paths:
-            with open_image(path) as image:
-                width, height = image.size
+            image = open_image(path)
+            width, height = image.size
+            image.close()
             if width != 540 or height > 540:
                 raise DataError(
                     f"{path} is {width} x {height}, not preprocessed as in TFDS's btgraham-300: "
@@ -288,8 +290,7 @@ def check_crc(blocks: list[memoryview], path: Path) -> None:
 
 
 def crc32c(blocks: list[memoryview]) -> np.ndarray:
-    """The CRC-32C of each block of at least four bytes, (N,) uint32; side by side, since Python's
-    libraries have no fast one."""
+    """The CRC-32C of each block (at least 4 bytes), (N,) uint32: Python has no fast one."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         carried = np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))

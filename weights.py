@@ -106,12 +106,10 @@ def check_dense(state: object, file: str) -> None:
 
 def check_values(state: dict[str, Tensor], own: dict[str, Tensor], file: str) -> None:
     """Raise ModelError unless each of a model's `own` tensors can take the value in `state`, which
-    has the same names and shapes: of such a type, finite in it, and the same rows."""
+    has the same names and shapes: of such a type, and finite in it."""
     for name, tensor in own.items():
         value = state[name]
         if value.dtype != tensor.dtype and not {value.dtype, tensor.dtype} <= FLOATS:
             raise ModelError(f"{file}: {name} is of {value.dtype}, not {tensor.dtype}")
         if not value.to(tensor.dtype).isfinite().all():
             raise ModelError(f"{file}: {name} has values that are not finite")
-        if name.endswith(".rows") and not value.equal(tensor.cpu()):
-            raise ModelError(f"{file}: {name} are not the rows that the targets name")
