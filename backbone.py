@@ -20,7 +20,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from weights import ModelError, check_file, check_values, few, first_line, read_checkpoint, sha256
+from files import ModelError, check_file, check_values, few, first_line, read_checkpoint, sha256
 
 # The demo's backbone: timm's ViT-Ti made smaller (16 tokens, 0.7 M parameters), Fashion-MNIST
 NANO = {"img_size": 28, "patch_size": 7, "embed_dim": 96, "depth": 6, "num_heads": 3}

@@ -33,7 +33,7 @@ from backbone import (
     uncalled,
 )
 from baselines import METHODS, Method
-from weights import read_adapter
+from files import read_adapter
 
 
 def create(

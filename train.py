@@ -35,6 +35,7 @@ from backbone import (
 )
 from baselines import MASKINGS, METHODS, METHODS_HELP, PATTERNS, SCHEDULES
 from eval import create_model, create_normalizer, evaluate, load_data
+from files import whole, write_json, write_log
 from model import adapter_state, check_gradients, save_adapter
 from runs import (
     AMP,
@@ -58,8 +59,6 @@ from runs import (
     restore,
     run_folder,
     save_state,
-    write_json,
-    write_log,
 )
 
 
@@ -194,7 +193,8 @@ def run(args: argparse.Namespace) -> dict:
         write_log(folder / "log.csv", done["rows"])
         save_state(state, adapter_state(model), optimizer, scaler, digest, done)
     bar.close()
-    save_adapter(model, folder / "adapter.safetensors", config)
+    with whole(folder / "adapter.safetensors") as draft:
+        save_adapter(model, draft, config)
 
     # the one evaluation, with the last weights
     scores = evaluate(model, test, normalize, amp=amp, workers=args.workers)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import files
 import runs
 import train
 
@@ -56,16 +57,19 @@ def test_the_folder_says_what_differs():
     )
 
 
+METRICS = {"official": True, "digest": "", "run": "runs/digits/a"}
+
+
 def write(folder, arguments, **metrics):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"arguments": arguments}))
-    (folder / "metrics.json").write_text(json.dumps({"official": True, "digest": ""} | metrics))
+    (folder / "metrics.json").write_text(json.dumps(METRICS | metrics))
 
 
 def test_a_result_of_other_defaults_is_not_taken_for_this_run(tmp_path):
     args = argparse.Namespace(lr=1e-3, out="runs", new_flag=1)
     write(tmp_path / "a", {"lr": 1e-3, "out": "elsewhere"})
-    assert runs.finished(tmp_path / "a", args) == {"official": True, "digest": ""}
+    assert runs.finished(tmp_path / "a", args) == METRICS
     write(tmp_path / "b", {"lr": 2e-3})
     with pytest.raises(runs.RunError, match="was run with --lr 0.002, the default of its time"):
         runs.finished(tmp_path / "b", args)
@@ -76,7 +80,7 @@ def test_a_result_of_other_defaults_is_not_taken_for_this_run(tmp_path):
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "metrics.json"
-    runs.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        runs.write_json(path, {"a": object()})
+        files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}

@@ -72,7 +72,7 @@ def test_the_reading_path_is_short():
 ROOMS = [
     "mlae",
     "baselines",
-    "weights",
+    "files",
     "backbone",
     "model",
     "splits",
