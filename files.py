@@ -185,7 +185,7 @@ def check_shape(value: object, shape: object, where: str) -> None:
 def whole(path: Path) -> Iterator[Path]:
     """A draft to write to. It takes the place of `path` when it is written, or goes if it cannot
     be: RunError then, and what was there before is still there."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft = path.with_name(f"{path.name}.tmp")
     try:
         yield draft
         os.replace(draft, path)
