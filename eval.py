@@ -139,25 +139,24 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     try:
         config = read_json(path, CONFIG)
-        given = config["arguments"]
-        known = {
-            "dataset": data.TASKS,
-            "method": METHODS,
-            "normalize": [*data.NORMALIZE, "model"],
-            "source": data.SOURCES,
-        }
-        for name, words in known.items():
-            if given[name] not in words:
-                raise RunError(f"{path}: {name} {given[name]} is unknown here")
-        if config["amp"] not in AMP:
-            raise RunError(f"{path}: amp {config['amp']} is unknown here")
-        for name, usual in METHODS[given["method"]].settings.items():
-            shape = SETTINGS.get(type(usual), object)
-            check_shape(given, {name: shape}, f"{path}: arguments")
-        for target in given["targets"]:
-            check_shape(target, str, f"{path}: arguments: targets")
     except RunError as error:
         raise RunError(f"{folder} is not a run of train.py: {error}") from None
+    given = config["arguments"]
+    words = {
+        "dataset": (given["dataset"], data.TASKS),
+        "method": (given["method"], METHODS),
+        "normalize": (given["normalize"], [*data.NORMALIZE, "model"]),
+        "source": (given["source"], data.SOURCES),
+        "amp": (config["amp"], AMP[1:]),
+    }
+    for name, (word, known) in words.items():
+        if word not in known:
+            raise RunError(f"{path}: {name} {word} is unknown here")
+    for name, usual in METHODS[given["method"]].settings.items():
+        shape = SETTINGS.get(type(usual), object)
+        check_shape(given, {name: shape}, f"{path}: arguments")
+    for target in given["targets"]:
+        check_shape(target, str, f"{path}: arguments: targets")
     config["arguments"] = argparse.Namespace(**given)
     return config
 

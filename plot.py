@@ -9,17 +9,17 @@ sweeps with `draw_sweeps`.
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import itertools
-import json
 import statistics
 from pathlib import Path
 
-from runs import Parser, RunError, one_line
+from files import RunError, read_json, read_log, whole
+from runs import Parser, one_line
 
 FORMATS = (".png", ".pdf", ".svg")
 LOOKS = ["o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:", "h-"]  # told apart in grey too
+CONFIG = {"identity": {"method": str, "dataset": str}}  # what config.json must hold
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]):
@@ -48,7 +48,8 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]):
 
 def check_file(path: Path) -> None:
     """Raise RunError for a file that cannot be drawn into."""
-    if path.suffix not in FORMATS or not path.absolute().parent.is_dir():
+    is_free = path.is_file() or not path.exists()
+    if path.suffix not in FORMATS or not is_free or not path.absolute().parent.is_dir():
         raise RunError(f"{path}: expected a {', '.join(FORMATS)} file in a folder that exists")
 
 
@@ -86,7 +87,8 @@ def draw_sweeps(sweeps: list[tuple], path: Path) -> None:
         lower.set(xlabel=f"--{name}", ylabel="peak memory, MiB")
         lower.margins(0.08)
     axes[0, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=80)
+    with whole(path) as draft:
+        figure.savefig(draft, format=path.suffix[1:], dpi=80)
 
 
 def read_curves(folders: list[Path]) -> dict[str, list[tuple]]:
@@ -97,18 +99,20 @@ def read_curves(folders: list[Path]) -> dict[str, list[tuple]]:
     curves: dict[str, list[tuple]] = {}
     for folder in folders:
         try:
-            own = json.loads((folder / "config.json").read_text())["identity"]
-            with open(folder / "log.csv", newline="") as file:
-                rows = list(csv.DictReader(file))
-            loss = [float(row["loss"]) for row in rows]
-            top1 = [float(row["train_top1"]) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            own = read_json(folder / "config.json", CONFIG)["identity"]
+            rows = read_log(folder / "log.csv")
+        except RunError as error:
             raise RunError(f"{folder} is not a run of train.py: {error}") from None
+        loss = [row["loss"] for row in rows]
+        top1 = [row["train_top1"] for row in rows]
         words = [own["method"], own["dataset"]]
         for name, value in own.items():
             if name not in ("seed", "method", "dataset", "model", "epochs"):
                 words.append(f"{name}={value}")
-        curves.setdefault(" ".join(words), []).append((loss, top1))
+        seeds = curves.setdefault(" ".join(words), [])
+        if seeds and len(rows) != len(seeds[0][0]):
+            raise RunError(f"{folder} has {len(rows)} epochs, the run of another seed has not")
+        seeds.append((loss, top1))
     return curves
 
 
@@ -127,7 +131,8 @@ def draw_curves(curves: dict[str, list[tuple]], path: Path) -> None:
     axes[0, 0].set(xlabel="epoch", ylabel="training loss")
     axes[0, 1].set(xlabel="epoch", ylabel="training top-1 (%)")
     axes[0, 1].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    with whole(path) as draft:
+        figure.savefig(draft, format=path.suffix[1:], dpi=120)
 
 
 def main(argv: list[str] | None = None) -> None:
