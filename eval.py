@@ -31,13 +31,14 @@ from runs import AMP, DEVICES, WHOLE, Parser, autocast, one_line, pick_device
 
 AGREE = 1e-4  # largest difference of a logit between the merged model and the one that was trained
 
+LARGEST = 4096  # side of an image in pixels
 # what config.json must hold, and by the type of its default, a setting of the method
 CONFIG = {
     "arguments": {
         "dataset": str,
         "data_dir": str | os.PathLike,  # need not be printable
         "source": str,
-        "img_size": range(1, 4097),
+        "img_size": range(1, LARGEST + 1),
         "normalize": str,
         "model": str,
         "checkpoint": str | None,
@@ -57,6 +58,8 @@ SETTINGS = {int: range(1, 2**31), float: (0, torch.finfo(torch.float32).max), st
 
 def load_data(args: argparse.Namespace, download: bool = True) -> tuple[data.Images, data.Images]:
     """The images that a run with these arguments trains on, and those that it is scored on."""
+    if args.img_size > LARGEST:
+        raise RunError(f"--img-size {args.img_size}: at most {LARGEST} pixels")
     return data.load(
         args.dataset,
         args.data_dir,

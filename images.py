@@ -249,7 +249,7 @@ class Images(Dataset):
         print(f"{takes} of memory, and as much on disk in {self.cache}")
 
         def decode() -> dict[str, Tensor]:
-            with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes side by side
+            with ThreadPoolExecutor(min(workers, _cores()) or 1) as pool:  # side by side
                 images = pool.map(self._scaled, range(len(self)))
                 arrays = [np.array(image) for image in self._bar(images, len(self))]
             return {str(i): torch.from_numpy(array) for i, array in enumerate(arrays)}
