@@ -7,20 +7,20 @@ heads(backbone)  # {"head": Linear(768, 47)}
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from files import ModelError, check_file, check_values, few, first_line, read_checkpoint, sha256
 
 # The demo's backbone: timm's ViT-Ti made smaller (16 tokens, 0.7 M parameters)
 NANO = {"img_size": 28, "patch_size": 7, "embed_dim": 96, "depth": 6, "num_heads": 3}
@@ -30,27 +30,6 @@ NANO_FILE = Path(__file__).resolve().parent / "demo" / "vit_nano.safetensors"
 
 # Timm's modules in whose fused qkv layer q, k and v alternate by head, or q is missing
 INTERLEAVED = ("csatv2", "efficientformer", "gcvit", "levit", "maxxvit", "tiny_vit")
-
-
-class ModelError(ValueError):
-    """A model, target or file that cannot be used; the message says what there is instead."""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class's name if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def few(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """Hex digest of a checkpoint file; ModelError if there is none."""
-    if not Path(path).is_file():
-        raise ModelError(f"no checkpoint file {path}")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def input_size(name: str) -> int:
@@ -100,6 +79,8 @@ def create_backbone(
     if drop_path:
         arguments["drop_path_rate"] = drop_path
     download = pretrained and not checkpoint
+    if download:  # behind a silent network the hub tries for a minute
+        print(f"{name}: downloading its weights, unless they are here already", flush=True)
     try:
         model = _create_of_any_size(timm_name, download, arguments)
     except Exception as error:  # whatever timm and the hub raise for a size or a failed download
@@ -135,16 +116,13 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
     Raises ModelError if a tensor is missing, left over or of another shape.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"no checkpoint file {path}")
+    file = f"checkpoint {path}"
+    check_file(path, "checkpoint")
+    state = {} if path.suffix == ".npz" else read_checkpoint(path)
     try:
         if path.suffix == ".npz":
             model.load_pretrained(str(path))
             return
-        safe = path.suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
-        for wrapper in ("state_dict", "model"):
-            state = state.get(wrapper, state)
         family = sys.modules[type(model).__module__]
         if hasattr(family, "checkpoint_filter_fn"):
             state = family.checkpoint_filter_fn(state, model)
@@ -153,7 +131,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
     head = tuple(f"{name}." for name in heads(model))
     state = {key: value for key, value in state.items() if not key.startswith(head)}
     own = {key: value for key, value in model.state_dict().items() if not key.startswith(head)}
-    load_strictly(model, state, own, f"checkpoint {path}")
+    load_strictly(model, state, own, file)
 
 
 def load_strictly(
@@ -161,7 +139,8 @@ def load_strictly(
 ) -> None:
     """Load `state` if its keys and shapes are exactly those of `own`, a part of the model's state.
 
-    Raises ModelError, the model untouched, if they are not; `file` says what was being read.
+    Raises ModelError, the model untouched, if they are not, or a value is not finite; `file` says
+    what was being read.
     """
     shared = [key for key in own if key in state]
     problems = {
@@ -175,7 +154,27 @@ def load_strictly(
         if keys:
             name = architecture(model)
             raise ModelError(f"{file} does not fit {name} as it was made: it {problem} {few(keys)}")
+    check_values(state, own, file)
+    for key in own:
+        rows = state[key]
+        if key.endswith(".rows"):
+            outputs = model.get_submodule(key.removesuffix(".rows")).out_features
+            if rows.min() < 0 or rows.max() >= outputs or len(rows.unique()) < len(rows):
+                raise ModelError(f"{file}: {key} are not different rows from 0 to {outputs - 1}")
     model.load_state_dict(state, strict=False)  # the rest of the model keeps its values
+
+
+def check_settings(model: nn.Module, names: Iterable[str], settings: dict) -> None:
+    """Raise ModelError, before memory is taken, for a rank above a layer's own, or a factor that
+    float32 cannot hold."""
+    rank, factor = settings.get("rank", 1), settings.get("coef_init", 1.0)
+    for name in names:
+        layer = model.get_submodule(name)
+        most = min(layer.in_features, layer.out_features)
+        if isinstance(rank, int) and rank > most:
+            raise ModelError(f"--rank {rank}: {name} of {architecture(model)} has at most {most}")
+    if not abs(factor) <= torch.finfo(torch.float32).max:
+        raise ModelError(f"--coef-init {factor}: float32 cannot hold it")
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:

@@ -27,8 +27,8 @@ import numpy as np
 from torchvision import datasets
 
 import originals
-from images import NORMALIZE, Images, normalizer  # noqa: F401
-from sources import NUMBER, Found, Original, join, read_embedded, read_fgvc, read_vtab
+from images import NORMALIZE, Images, lines, normalizer  # noqa: F401
+from sources import NUMBER, Found, Original, join, read, read_embedded, read_fgvc, read_vtab
 from splits import CONSTANTS, CUTS, DataError, Missing, tfds_order  # noqa: F401
 
 SUITES = {"vtab": "vtab-1k", "fgvc": "fgvc"}  # all tasks of a benchmark
@@ -266,7 +266,7 @@ def load(
     selections = {"train": ["train"], "val": ["val"]}
     if split == "trainval":
         selections = {"train": ["train", "val"], "test": ["test"]}
-    found = task.read(task, root, sum(selections.values(), []), source, download)
+    found = read(task, root, sum(selections.values(), []), source, download)
     official, counts, paths = found.agrees, [], []
     for use, roles in selections.items():
         count = sum(len(found.labels[role]) for role in roles)
@@ -284,7 +284,7 @@ def load(
     declared = root / task.benchmark / task.name / "SUBSET"
     is_declared = found.source == "prepared" and declared.exists()
     if is_declared:
-        notes.append(f"SUBSET: {' '.join(declared.read_text().split())}")
+        notes.append(f"SUBSET: {' '.join(line for _, line in lines(declared))}")
     both = []
     for roles in selections.values():
         images = join([found.images[role] for role in roles])

@@ -10,33 +10,64 @@ timm model agrees. Exit code 0 if it does, 1 if not.
 from __future__ import annotations
 
 import argparse
-import json
+import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants as hub
 from torch import Tensor, nn
 
 import data
 import model as models
 from backbone import count_parameters, eval_mode, weights_of
 from baselines import METHODS
-from flags import DEVICES, WHOLE, Parser
-from runs import RunError, autocast, one_line, pick_device
+from files import NUMBER, RunError, check_shape, read_json
+from flags import AMP, DEVICES, WHOLE, Parser
+from runs import autocast, one_line, pick_device
 
 AGREE = 1e-4  # largest difference of a logit between the merged model and the one that was trained
 
+LARGEST = 4096  # side of an image in pixels
+# what config.json must hold, and by the type of its default, a setting of the method
+CONFIG = {
+    "arguments": {
+        "dataset": str,
+        "data_dir": str | os.PathLike,  # need not be printable
+        "source": str,
+        "img_size": range(1, LARGEST + 1),
+        "normalize": str,
+        "model": str,
+        "checkpoint": str | None,
+        "no_pretrained": bool,
+        "method": str,
+        "targets": list,
+        "drop_path": (0, math.nextafter(1, 0)),
+        "seed": range(2**31),
+        "val": bool,
+    },
+    "weights": {"tag": str},
+    "amp": str,
+    "source": str,
+}
+SETTINGS = {int: range(1, 2**31), float: (0, torch.finfo(torch.float32).max), str: str, bool: bool}
 
-def load_data(args: argparse.Namespace) -> tuple[data.Images, data.Images]:
+
+def load_data(args: argparse.Namespace, download: bool = True) -> tuple[data.Images, data.Images]:
     """The images that a run with these arguments trains on, and those that it is scored on."""
+    if args.img_size > LARGEST:
+        raise RunError(f"--img-size {args.img_size}: at most {LARGEST} pixels")
     return data.load(
         args.dataset,
         args.data_dir,
         split="train" if args.val else "trainval",
         img_size=args.img_size,
         source=args.source,
+        download=download,
     )
 
 
@@ -61,9 +92,12 @@ def create_normalizer(
 ) -> Callable[[Tensor], Tensor]:
     """(B, 3, S, S) uint8 -> float32 on the device, by the mean and std that the run asks for."""
     if args.normalize == "model":
-        cfg = model.pretrained_cfg
-        return data.normalizer(cfg["mean"], cfg["std"], device)
-    return data.normalizer(*data.NORMALIZE[args.normalize], device)
+        mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    else:
+        mean, std = data.NORMALIZE[args.normalize]
+    if not all(value > 0 for value in std):
+        raise RunError(f"--normalize {args.normalize}: a standard deviation is 0")
+    return data.normalizer(mean, std, device)
 
 
 def predict(
@@ -101,13 +135,33 @@ def evaluate(
 
 
 def read_config(folder: Path) -> dict:
-    """A run's config.json, its arguments as a Namespace; RunError if there is none."""
+    """A run's config.json, its arguments as a Namespace.
+
+    Raises RunError if there is none, a value cannot be right, or today's code does not know its
+    task, method or another word.
+    """
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text())
-        config["arguments"] = argparse.Namespace(**config["arguments"])
-        config["weights"]["tag"], config["amp"], config["source"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = read_json(path, CONFIG)
+    except RunError as error:
         raise RunError(f"{folder} is not a run of train.py: {error}") from None
+    given = config["arguments"]
+    words = {
+        "dataset": (given["dataset"], data.TASKS),
+        "method": (given["method"], METHODS),
+        "normalize": (given["normalize"], [*data.NORMALIZE, "model"]),
+        "source": (given["source"], data.SOURCES),
+        "amp": (config["amp"], AMP[1:]),
+    }
+    for name, (word, known) in words.items():
+        if word not in known:
+            raise RunError(f"{path}: {name} {word} is unknown here")
+    for name, usual in METHODS[given["method"]].settings.items():
+        shape = SETTINGS.get(type(usual), object)
+        check_shape(given, {name: shape}, f"{path}: arguments")
+    for target in given["targets"]:
+        check_shape(target, str, f"{path}: arguments: targets")
+    config["arguments"] = argparse.Namespace(**given)
     return config
 
 
@@ -132,18 +186,39 @@ def load_run(folder: str | Path, checkpoint: str | None = None) -> tuple[nn.Modu
     return model.eval(), config
 
 
+@contextmanager
+def offline() -> Iterator[None]:
+    """Inside, the hub gives what is on this machine already, and asks for nothing."""
+    before = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
+
+
 def check(
-    folder: Path, data_dir: str | None, checkpoint: str | None, device: torch.device, workers: int
+    folder: Path,
+    data_dir: str | None,
+    checkpoint: str | None,
+    device: torch.device,
+    workers: int,
+    download: bool = False,
 ) -> bool:
-    """Print the scores of a run unmerged and merged; whether the two agree."""
-    model, config = load_run(folder, checkpoint)
+    """Print the scores of a run unmerged and merged; whether the two agree.
+
+    A stranger's run may name any data and weights: what is not here is fetched with `download`
+    alone.
+    """
+    with nullcontext() if download else offline():
+        model, config = load_run(folder, checkpoint)
     args = config["arguments"]
     args.data_dir = data_dir or args.data_dir
     if config["source"] in data.SOURCES:
         args.source = config["source"]  # what was read then, whatever else is there now
     model.to(device)
     normalize = create_normalizer(args, model, device)
-    _, images = load_data(args)
+    _, images = load_data(args, download)
 
     tag = config["weights"]["tag"]
     counts = count_parameters(model)
@@ -152,10 +227,13 @@ def check(
     print(f"parameters: {trained:,} trained, of them {head:,} in the head")
     split = "val" if args.val else "test"
     if (folder / "metrics.json").exists():
-        metrics = json.loads((folder / "metrics.json").read_text())
+        shape = {f"{split}_top1": (0, 100), f"{split}_loss": NUMBER}
+        metrics = read_json(folder / "metrics.json", shape)
         top1, loss = metrics[f"{split}_top1"], metrics[f"{split}_loss"]
         print(f"reported  top-1 {top1:.2f} %   loss {loss:.6f}")
     logits, labels = predict(model, images, normalize, config["amp"], workers)
+    if not logits.isfinite().all():
+        raise RunError(f"{folder}: the trained model's logits are not finite")
     scores = score(logits, labels)
     print(f"unmerged  top-1 {scores['top1']:.2f} %   loss {scores['loss']:.6f}")
     if not METHODS[args.method].mergeable:
@@ -177,12 +255,14 @@ def main(argv: list[str] | None = None) -> None:
     flag("run", type=Path, help="a run's folder")
     flag("--data-dir", help="where the data are now (default: where they were in training)")
     flag("--checkpoint", help="where the backbone's file is now (default: where it was)")
+    flag("--download", action="store_true", help="fetch data and weights that are not here")
     flag("--device", choices=DEVICES, default="auto", help="default: auto, the fastest here")
     flag("--workers", type=WHOLE, default=4, help="image-decoding processes (0: the main process)")
     args = parser.parse_args(argv)
     with one_line("eval.py"):
         device = pick_device(args.device)
-        agree = check(args.run, args.data_dir, args.checkpoint, device, args.workers)
+        places = args.data_dir, args.checkpoint
+        agree = check(args.run, *places, device, args.workers, args.download)
     sys.exit(0 if agree else 1)
 
 

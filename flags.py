@@ -24,6 +24,11 @@ PLACE = ("device", "workers", "out", "data_dir", "resume", "overwrite")  # not w
 SOURCES = ["auto", "original", "prepared"]
 
 
+def printable(text: str) -> str:
+    """The text in one line, with escapes for what a terminal would act on."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a wrong command in one line on stderr, with exit code 2."""
 
@@ -34,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     def error(self, message: str) -> None:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        print(f"{self.prog}: error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -2,7 +2,6 @@
 
 train.prepare(device)                               # decoded once, then read from a cache
 for x, y in train.epoch(order, 64, seed="0 0"): ... # (B, 3, S, S) uint8, (B,)
-for x, y in test.batches(64): ...                   # decoded as they come, by workers
 """
 
 from __future__ import annotations
@@ -30,10 +29,11 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+from files import regular
 from splits import DataError
 
-# how Pillow says that a file is no image
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# what Pillow may open; it would start other programs for some (Ghostscript for EPS)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 FEW = 5e6  # pixels that are decoded before a worker process has started
 BICUBIC = TF.InterpolationMode.BICUBIC
 NORMALIZE = {  # channel mean and std
@@ -46,7 +46,8 @@ Item = Path | bytes | np.ndarray  # a file, an encoded image, or pixels (H, W) o
 def open_image(item: Item) -> Image.Image:
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
-    return Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
+    file = io.BytesIO(item) if isinstance(item, bytes) else regular(item)
+    return Image.open(file, formats=FORMATS)
 
 
 def image_format(item: Item, where: str) -> str:
@@ -54,10 +55,9 @@ def image_format(item: Item, where: str) -> str:
     try:
         with open_image(item) as image:
             return image.format
-    except UNREADABLE as error:
-        reason = f"is not a readable image ({type(error).__name__})"
-        if isinstance(error, FileNotFoundError):
-            reason = "does not exist"
+    except Exception as error:  # whatever a damaged file makes Pillow raise
+        absent = isinstance(error, FileNotFoundError)
+        reason = "does not exist" if absent else f"is not a readable image ({type(error).__name__})"
         raise DataError(f"{where}: {_name(item)} {reason}; unpack the archive again") from None
 
 
@@ -68,7 +68,8 @@ def _name(item: Item) -> str:
 def find(root: Path, pattern: str, depth: int = 4) -> Path | None:
     """The first match of a pattern in a folder and the levels below it, `depth` in all."""
     for level in range(depth):
-        found = sorted(root.glob("*/" * level + pattern))
+        matches = root.glob("*/" * level + pattern)
+        found = sorted(path for path in matches if path.is_file() or path.is_dir())
         if found:
             return found[0]
     return None
@@ -77,16 +78,12 @@ def find(root: Path, pattern: str, depth: int = 4) -> Path | None:
 def lines(listing: Path) -> list[tuple[str, str]]:
     """("<file>, line <n>", line) of each line that is not blank; DataError without a file."""
     try:
-        text = listing.read_text(encoding="utf-8-sig")
+        text = regular(listing).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"no list {listing} ({error}): the folder is damaged, unpack it again"
-        ) from None
-    found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            found.append((f"{listing}, line {number}", line.strip()))
-    return found
+        remedy = "the folder is damaged, unpack it again"
+        raise DataError(f"no list {listing} ({error}): {remedy}") from None
+    numbered = enumerate(map(str.strip, text.splitlines()), 1)
+    return [(f"{listing}, line {number}", line) for number, line in numbered if line]
 
 
 def inside(name: str, where: str | Path) -> str:
@@ -166,7 +163,7 @@ class Images(Dataset):
         item = self.items[i]
         try:
             image = open_image(item).convert("RGB")
-        except UNREADABLE as error:
+        except Exception as error:  # whatever a damaged file makes Pillow raise
             raise DataError(f"cannot read image {_name(item)}: {error}; get it again") from error
         return TF.resize(image, self.short or [self.img_size, self.img_size], BICUBIC)
 
@@ -252,7 +249,7 @@ class Images(Dataset):
         print(f"{takes} of memory, and as much on disk in {self.cache}")
 
         def decode() -> dict[str, Tensor]:
-            with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes side by side
+            with ThreadPoolExecutor(min(workers, _cores()) or 1) as pool:  # side by side
                 images = pool.map(self._scaled, range(len(self)))
                 arrays = [np.array(image) for image in self._bar(images, len(self))]
             return {str(i): torch.from_numpy(array) for i, array in enumerate(arrays)}
@@ -287,7 +284,7 @@ class Images(Dataset):
             if isinstance(item, Path):
                 stat = item.stat()
                 time = f" {stat.st_mtime_ns}" if with_time else ""
-                item = f"{name(item)} {stat.st_size}{time}\n".encode()
+                item = os.fsencode(f"{name(item)} {stat.st_size}{time}\n")
             digest.update(item)
         return digest.hexdigest()
 
@@ -298,7 +295,7 @@ class Images(Dataset):
             return make()
         key = self.fingerprint()
         try:
-            with safe_open(self.cache, "pt") as file:
+            with safe_open(regular(self.cache), "pt") as file:
                 if file.metadata()["key"] == key:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                     if file.metadata()["crc32"] == _crc32(tensors):
@@ -309,7 +306,10 @@ class Images(Dataset):
         unfinished = self.cache.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.cache.parent.mkdir(exist_ok=True)
+            unfinished.touch()
+            mode = unfinished.stat().st_mode  # the umask's; safetensors would leave it private
             save_file(tensors, unfinished, {"key": key, "crc32": _crc32(tensors)})
+            unfinished.chmod(mode)
             os.replace(unfinished, self.cache)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):

@@ -15,17 +15,17 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-import safetensors
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from backbone import (
     ModelError,
     architecture,
+    check_settings,
     create_backbone,
     few,
-    first_line,
     heads,
     linear_layers,
     load_strictly,
@@ -33,6 +33,7 @@ from backbone import (
     uncalled,
 )
 from baselines import METHODS, Method
+from files import read_adapter
 
 
 def create(
@@ -108,6 +109,7 @@ def inject(
     find_head(model, head)
     chosen = find_layers(model, targets) if row.layer else {}
     own = row.own(settings)
+    check_settings(model, chosen, own)
     layers = {}
     try:
         plan = row.plan(len(chosen), own)
@@ -215,7 +217,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, config: dict) -> Non
     """Write `adapter_state` as safetensors; `config`, plain JSON values, goes into its header."""
     state = {key: value.detach().cpu().contiguous() for key, value in adapter_state(model).items()}
     metadata = {"format": "pt", "architecture": architecture(model), "config": json.dumps(config)}
-    save_file(state, path, metadata=metadata)
+    Path(path).write_bytes(save(state, metadata))
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> dict:
@@ -225,17 +227,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> dict:
     architecture, has unknown keys, lacks some, or has tensors of another shape (another rank or
     number of classes).
     """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ModelError(f"cannot read adapter {path}: {first_line(error)}") from error
-    made_for = metadata.get("architecture")
+    state, made_for, config = read_adapter(path)
     if made_for != architecture(model):
         raise ModelError(f"adapter {path} is for {made_for}, not for {architecture(model)}")
     load_strictly(model, state, adapter_state(model), f"adapter {path}")
-    return json.loads(metadata.get("config", "{}"))
+    return config
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -1,8 +1,7 @@
 """The original data sets: one short reader each.
 
-A reader reads one split of TFDS at a time and opens no other split's files where the original
-keeps them apart. Originals lie in <root> as torchvision's classes leave them; what torchvision
-does not know may lie up to three folders deeper.
+A reader reads one split of TFDS and opens no other's files where the original keeps them apart.
+Originals lie in <root> as torchvision leaves them; what it does not know, up to 3 folders deeper.
 
     dtd(Path("data"), "train").keys                # those of TFDS's whole training split
 """
@@ -20,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
-import splits
-from images import find, inside, lines
-from splits import DataError
+from files import regular
+from images import find, inside, lines, open_image
+from splits import DataError, check_files, draw_kitti, from_folders, sun397_split
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def in_memory(images: np.ndarray, labels: Iterable[int]) -> Content:
 def cifar(root: Path, split: str) -> Content:
     listed = datasets.CIFAR100.train_list if split == "train" else datasets.CIFAR100.test_list
     [[name, md5]] = listed
-    path = root / "cifar-100-python" / name
+    path = regular(root / "cifar-100-python" / name)
     if not check_integrity(path, md5):  # a pickle can run code: only the publisher's is opened
         raise ValueError(f"{path.name} has another md5 than the published one")
     with open(path, "rb") as file:
@@ -125,8 +123,8 @@ def class_folders(root: Path, split: str, name: str, place: str) -> Content:
     for path in folder.iterdir():
         if path.is_dir():
             files[path.name] = {image.name for image in path.iterdir()}
-    splits.check_files(name, files)
-    names, labels = splits.from_folders(name, files, split)
+    check_files(name, files)
+    names, labels = from_folders(name, files, split)
     return in_files(folder, list(names), labels, ["/".join(name) for name in names.values()])
 
 
@@ -135,7 +133,7 @@ def sun397(root: Path, split: str) -> Content:
     found = []
     for path in folder.rglob("sun_*.jpg"):
         found.append(f"/{path.relative_to(folder).as_posix()}")
-    keys, labels = splits.sun397_split(found, split)
+    keys, labels = sun397_split(found, split)
     return in_files(folder, keys, labels, [key[1:] for key in keys])
 
 
@@ -156,7 +154,8 @@ def pcam(root: Path, split: str) -> Content:
 
 
 def dsprites(root: Path, split: str, label: Callable) -> Content:
-    with np.load(find(root, "dsprites_ndarray_*64x64.npz")) as file:
+    path = find(root, "dsprites_ndarray_*64x64.npz")
+    with np.load(path) as file:
         images = file["imgs"]  # (N, 64, 64) of 0 and 1
         labels = label(file["latents_classes"])  # of (N, 6)
     in_file = in_memory(images, labels)
@@ -190,7 +189,7 @@ def clevr(root: Path, split: str, label: Callable) -> Content:
     name = {"train": "train", "validation": "val"}[split]
     listing = folder / "scenes" / f"CLEVR_{name}_scenes.json"
     labels = {}
-    for scene in json.loads(listing.read_text())["scenes"]:
+    for scene in json.loads(regular(listing).read_text())["scenes"]:
         key = inside(scene["image_filename"], listing)
         labels[key] = label(scene["objects"])
     keys = sorted(labels)
@@ -205,11 +204,12 @@ def kitti(root: Path, split: str, label: Callable) -> Content:
     videos = {}
     for image, number in enumerate(numbers):
         videos[image] = frames[int(number) - 1].split()[1]
-    keys = splits.draw_kitti(videos, split)
+    keys = draw_kitti(videos, split)
     labels = []
     for key in keys:
         listing = folder / f"{key[:6]}.txt"
-        labels.append(label(listing.read_text()))
+        text = regular(listing).read_text()
+        labels.append(label(text))
     return in_files(folder.parent / "image_2", keys, labels)
 
 
@@ -227,8 +227,9 @@ def retinopathy(root: Path, split: str) -> Content:
     def images(rows: list[int]) -> list[Path]:
         paths = [folder / ("test" if usage else "train") / f"{keys[row]}.jpeg" for row in rows]
         for path in paths:
-            with Image.open(path) as image:
-                width, height = image.size
+            image = open_image(path)
+            width, height = image.size
+            image.close()
             if width != 540 or height > 540:
                 raise DataError(
                     f"{path} is {width} x {height}, not preprocessed as in TFDS's btgraham-300: "
@@ -260,7 +261,7 @@ def dmlab(root: Path, split: str) -> Content:
 
 def tf_records(path: Path) -> list[memoryview]:
     """The records of a TFRecord file, each with its crc behind it; checks those of the lengths."""
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     view = memoryview(mapped)
     lengths, records = [], []
@@ -289,8 +290,7 @@ def check_crc(blocks: list[memoryview], path: Path) -> None:
 
 
 def crc32c(blocks: list[memoryview]) -> np.ndarray:
-    """The CRC-32C of each block of at least four bytes, (N,) uint32; side by side, since Python's
-    libraries have no fast one."""
+    """The CRC-32C of each block (at least 4 bytes), (N,) uint32: Python has no fast one."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         carried = np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))

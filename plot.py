@@ -10,18 +10,18 @@ sweeps with `draw_sweeps`.
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import itertools
-import json
 import statistics
 from pathlib import Path
 
+from files import RunError, read_json, read_log, whole
 from flags import Parser
-from runs import RunError, one_line
+from runs import one_line
 
 FORMATS = (".png", ".pdf", ".svg")
 LOOKS = ["o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:", "h-"]  # told apart in grey too
+CONFIG = {"identity": {"method": str, "dataset": str}}  # what config.json must hold
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]):
@@ -50,7 +50,8 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]):
 
 def check_file(path: Path) -> None:
     """Raise RunError for a file that cannot be drawn into."""
-    if path.suffix not in FORMATS or not path.absolute().parent.is_dir():
+    is_free = path.is_file() or not path.exists()
+    if path.suffix not in FORMATS or not is_free or not path.absolute().parent.is_dir():
         raise RunError(f"{path}: expected a {', '.join(FORMATS)} file in a folder that exists")
 
 
@@ -88,7 +89,8 @@ def draw_sweeps(sweeps: list[tuple], path: Path) -> None:
         lower.set(xlabel=f"--{name}", ylabel="peak memory, MiB")
         lower.margins(0.08)
     axes[0, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=80)
+    with whole(path) as draft:
+        figure.savefig(draft, format=path.suffix[1:], dpi=80)
 
 
 def read_curves(folders: list[Path]) -> dict[str, list[tuple]]:
@@ -99,18 +101,20 @@ def read_curves(folders: list[Path]) -> dict[str, list[tuple]]:
     curves: dict[str, list[tuple]] = {}
     for folder in folders:
         try:
-            own = json.loads((folder / "config.json").read_text())["identity"]
-            with open(folder / "log.csv", newline="") as file:
-                rows = list(csv.DictReader(file))
-            loss = [float(row["loss"]) for row in rows]
-            top1 = [float(row["train_top1"]) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            own = read_json(folder / "config.json", CONFIG)["identity"]
+            rows = read_log(folder / "log.csv")
+        except RunError as error:
             raise RunError(f"{folder} is not a run of train.py: {error}") from None
+        loss = [row["loss"] for row in rows]
+        top1 = [row["train_top1"] for row in rows]
         words = [own["method"], own["dataset"]]
         for name, value in own.items():
             if name not in ("seed", "method", "dataset", "model", "epochs"):
                 words.append(f"{name}={value}")
-        curves.setdefault(" ".join(words), []).append((loss, top1))
+        seeds = curves.setdefault(" ".join(words), [])
+        if seeds and len(rows) != len(seeds[0][0]):
+            raise RunError(f"{folder} has {len(rows)} epochs, the run of another seed has not")
+        seeds.append((loss, top1))
     return curves
 
 
@@ -129,7 +133,8 @@ def draw_curves(curves: dict[str, list[tuple]], path: Path) -> None:
     axes[0, 0].set(xlabel="epoch", ylabel="training loss")
     axes[0, 1].set(xlabel="epoch", ylabel="training top-1 (%)")
     axes[0, 1].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    with whole(path) as draft:
+        figure.savefig(draft, format=path.suffix[1:], dpi=120)
 
 
 def draw_method(path: Path) -> None:
@@ -138,49 +143,64 @@ def draw_method(path: Path) -> None:
     axis = axes[0, 0]
     axis.set(xlim=(-2.6, 9.4), ylim=(-5.6, 1.6), aspect="equal")
     axis.axis("off")
-    rows = [
-        ("a training step", [1, 0, 1, 1, 0, 0], "kept: times 1 / (1 - p)"),
-        ("the next step", [0, 1, 1, 0, 1, 0], "another mask"),
-        ("scoring", [1] * 6, "all experts, as they are"),
-    ]
-    for line, (name, mask, note) in enumerate(rows):
-        y = -1.75 * line
-        axis.text(-2.5, y + 0.5, name, va="center", fontsize=9)
-        draw_matrix(axis, 0, y, "0.6", "W")
+    lines = {  # the words before a line, and which experts act
+        "a training step": "101100",
+        "the next step": "011010",
+        "scoring": "111111",
+    }
+    notes = ["kept: times 1 / (1 - p)", "another mask", "all experts, as they are"]
+    y = 0.0
+    for (words, mask), note in zip(lines.items(), notes, strict=True):
+        middle = y + 0.5
+        write(axis, -2.5, middle, words, align="left")
+        weight = (0, y, 1, 1)
+        draw_box(axis, weight, "0.6", "W")
         for i, kept in enumerate(mask):
             x = 1.3 * (i + 1)
-            axis.text(x - 0.17, y + 0.5, "+", ha="center", va="center", fontsize=9)
-            draw_expert(axis, x, y, i + 1, kept)
-        axis.text(9.15, y - 0.28, note, ha="right", fontsize=8, color="0.3")
-    draw_matrix(axis, 0, -5.5, "C0", "W'", height=0.9)
-    axis.text(-2.5, -5.05, "merged", va="center", fontsize=9)
+            write(axis, x - 0.17, middle, "+")
+            name = "λ" + "₁₂₃₄₅₆"[i]
+            draw_expert(axis, x, y, name, kept == "1")
+        write(axis, 9.15, y - 0.2, note, align="right")
+        y -= 1.75
+    write(axis, 0.5, 1.3, "frozen")
+    write(axis, 5.0, 1.3, "rank-1 experts  λᵢ bᵢ aᵢ")
+    y -= 0.1
+    middle = y + 0.5
+    write(axis, -2.5, middle, "merged", align="left")
+    merged = (0, y, 1, 1)
+    draw_box(axis, merged, "C0", "W'")
     words = "one plain linear layer: W' = W + Σ λᵢ bᵢ aᵢ, nothing left to pay"
-    axis.text(1.25, -5.05, words, va="center", fontsize=9)
-    axis.text(0.5, 1.2, "frozen", ha="center", fontsize=8)
-    axis.text(5.0, 1.2, "rank-1 experts  λᵢ bᵢ aᵢ", ha="center", fontsize=8)
-    figure.savefig(path, dpi=120)
+    write(axis, 1.25, middle, words, align="left")
+    with whole(path) as draft:
+        figure.savefig(draft, format=path.suffix[1:], dpi=120)
 
 
-def draw_matrix(axis, x: float, y: float, color: str, name: str, height: float = 1) -> None:
-    """A square with a name in it."""
+def write(axis, x: float, y: float, words: str, align: str = "center") -> None:
+    """Words at a place, in the middle of the line."""
+    axis.text(x, y, words, ha=align, va="center", fontsize=8.5)
+
+
+def draw_box(axis, box: tuple, color: str, words: str = "", **looks) -> None:
+    """A rectangle (x, y, width, height) with words in it."""
     from matplotlib.patches import Rectangle
 
-    axis.add_patch(Rectangle((x, y), 1, height, color=color, alpha=0.5))
-    axis.text(x + 0.5, y + height / 2, name, ha="center", va="center", fontsize=10)
+    x, y, width, height = box
+    looks = {"facecolor": color, "edgecolor": color, "alpha": 0.5} | looks
+    axis.add_patch(Rectangle((x, y), width, height, **looks))
+    write(axis, x + width / 2, y + height / 2, words)
 
 
-def draw_expert(axis, x: float, y: float, number: int, kept: int) -> None:
-    """An expert as the outer product of a column b and a row a, crossed out if it is masked."""
-    from matplotlib.patches import Rectangle
-
-    strong, weak = ("C1", 0.25) if kept else ("0.75", 0.0)
-    axis.add_patch(Rectangle((x, y), 0.14, 0.8, color=strong))  # b
-    axis.add_patch(Rectangle((x + 0.2, y + 0.86), 0.8, 0.14, color=strong))  # a
-    edge = {"edgecolor": strong, "linestyle": "-" if kept else ":"}
-    axis.add_patch(Rectangle((x + 0.2, y), 0.8, 0.8, facecolor=(1, 0.5, 0, weak), **edge))
-    text = f"λ{'₁₂₃₄₅₆'[number - 1]}" if kept else "×"
-    color = "black" if kept else "0.5"
-    axis.text(x + 0.6, y + 0.4, text, ha="center", va="center", fontsize=9, color=color)
+def draw_expert(axis, x: float, y: float, name: str, kept: bool) -> None:
+    """An expert as the product of a column b and a row a, crossed out if it is masked."""
+    color = "C1" if kept else "0.75"
+    column, row = (x, y, 0.14, 0.8), (x + 0.2, y + 0.86, 0.8, 0.14)
+    draw_box(axis, column, color, alpha=1)
+    draw_box(axis, row, color, alpha=1)
+    product = (x + 0.2, y, 0.8, 0.8)
+    if kept:
+        draw_box(axis, product, color, name)
+    else:
+        draw_box(axis, product, color, "×", facecolor="none", linestyle=":")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,7 +11,6 @@ machine and place; the folder's name and the tables of `suite.py` come from this
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import importlib
 import json
@@ -27,8 +26,21 @@ from pathlib import Path
 
 import torch
 
-from backbone import ModelError, sha256
-from flags import PLACE
+from files import (
+    NUMBER,
+    ModelError,
+    RunError,
+    check_dense,
+    check_file,
+    check_moments,
+    check_shape,
+    first_line,
+    read_json,
+    sha256,
+    whole,
+)
+from flags import PLACE, printable
+from model import adapter_state, load_strictly
 from splits import DataError
 
 try:
@@ -39,9 +51,13 @@ except ImportError:  # Windows
 ALWAYS = ("dataset", "method", "model", "epochs", "seed")  # in every identity, default or not
 SHORT = {"mask_prob": "p", "rank": "r", "lr": "lr"}  # shown in the folder's name if not default
 
-
-class RunError(ValueError):
-    """A flag, device or file of a run that cannot be used; the message is one line."""
+# what the files of a run must hold, for those that read them
+CONFIG = {"arguments": {"method": str}, "identity": {"method": str}}
+METRICS = {"dataset": str, "model": str, "data": str, "official": bool, "seed": range(2**31)}
+RESULT = {"official": bool, "digest": str, "run": str, "images": range(1, 2**31)}
+PROGRESS = {"epoch": range(1, 2**31), "rows": list, "seconds": NUMBER}
+STATE = {"weights": dict, "optimizer": {"state": dict}, "scaler": dict, "digest": str}
+STATE |= {"rng": {"cpu": torch.Tensor, "cuda": list}, "progress": PROGRESS}
 
 
 class Diverged(RunError):
@@ -51,14 +67,39 @@ class Diverged(RunError):
 ERRORS = (DataError, ModelError, RunError)  # what a user can mend; bugs keep their traceback
 
 
+def complain(script: str, message: str) -> None:
+    """One line on stderr, and the end."""
+    print(f"{script}: error: {printable(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def discard_output() -> None:
+    """Let go what standard output does not take: Python would try again, aloud, as it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def one_line(script: str) -> Iterator[None]:
-    """What a user can mend ends in one line and exit code 2, Ctrl-C in a hint and 130."""
+    """What a user can mend ends in one line and exit code 2, Ctrl-C in a hint and 130.
+
+    A reader of the output that has gone away (`| head`) ends it without a word.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no text
     try:
         yield
+        sys.stdout.flush()
     except ERRORS as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        complain(script, str(error))
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(141)  # as a program that SIGPIPE ends
+    except OSError as error:  # no bug but the system's answer: a full disk, no permission
+        discard_output()
+        complain(script, f"{error.filename or 'standard output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("interrupted: the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)
@@ -160,10 +201,10 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
     Raises RunError if the folder holds a run of other arguments: the defaults have changed since.
     """
     try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-        then = json.loads((folder / "config.json").read_text())["arguments"]
-        metrics["official"], metrics["digest"], metrics["images"]  # older results lack these
-    except (OSError, ValueError, KeyError, TypeError):
+        scored = "val_top1" if vars(args).get("val") else "test_top1"
+        metrics = read_json(folder / "metrics.json", RESULT | {scored: (0, 100)})
+        then = read_json(folder / "config.json", {"arguments": dict})["arguments"]
+    except RunError:  # none yet, damaged, or an older version's
         return None
     for name, value in vars(args).items():
         if name not in (*PLACE, "checkpoint") and name in then and then[name] != value:
@@ -199,22 +240,6 @@ def make_folder(folder: Path, keep_state: bool) -> None:
         raise RunError(f"--out: cannot write {folder}: {error.strerror}") from error
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write a file whole or not at all."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(value, indent=2))
-    os.replace(draft, path)
-
-
-def write_log(path: Path, rows: list[dict]) -> None:
-    """Write the log anew, a row per epoch, numbers to seven digits."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(rows[0])
-        for row in rows:
-            writer.writerow([f"{value:.7g}" for value in row.values()])
-
-
 def save_state(path: Path, weights: dict, optimizer, scaler, digest: str, progress: dict) -> None:
     """All that `restore` needs to go on as if nothing had happened; whole or not at all.
 
@@ -230,9 +255,8 @@ def save_state(path: Path, weights: dict, optimizer, scaler, digest: str, progre
         "digest": digest,
         "progress": progress,
     }
-    draft = path.with_suffix(".tmp")
-    torch.save(state, draft)
-    os.replace(draft, path)
+    with whole(path) as draft, open(draft, "wb") as file:
+        torch.save(state, file)
 
 
 def restore(path: Path, model: torch.nn.Module, optimizer, scaler, digest: str) -> dict:
@@ -245,20 +269,29 @@ def restore(path: Path, model: torch.nn.Module, optimizer, scaler, digest: str) 
     if not path.exists():
         return nothing
     try:
+        check_file(path, "state")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        weights, progress, rng = state["weights"], state["progress"], state["rng"]
-        moments, scale, images = state["optimizer"], state["scaler"], state["digest"]
+        check_shape(state, STATE, "it")
+        progress, moments, rng = state["progress"], state["optimizer"]["state"], state["rng"]
+        for row in progress["rows"]:
+            check_shape(row, dict.fromkeys(row, NUMBER), "it: rows")
+        if len(progress["rows"]) != progress["epoch"]:
+            raise RunError("it has not a row for each epoch")
+        if state["digest"] != digest:
+            print(f"the training images are not those of {path}: starting anew")
+            return nothing
+        check_dense(state["weights"], "it")
+        load_strictly(model, state["weights"], adapter_state(model), "it")
+        groups = optimizer.state_dict()["param_groups"]  # as the run's settings make them
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        check_moments(optimizer)
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(rng["cpu"])
+        if rng["cuda"]:
+            torch.cuda.set_rng_state_all(rng["cuda"])
     except Exception as error:  # whatever a damaged file makes torch raise
-        raise RunError(f"cannot read {path}: remove it to start anew") from error
-    if images != digest:
-        print(f"the training images are not those of {path}: starting anew")
-        return nothing
-    model.load_state_dict(weights, strict=False)
-    optimizer.load_state_dict(moments)
-    scaler.load_state_dict(scale)
-    torch.set_rng_state(rng["cpu"])
-    if rng["cuda"]:
-        torch.cuda.set_rng_state_all(rng["cuda"])
+        reason = f"remove it to start anew ({first_line(error)})"
+        raise RunError(f"cannot read {path}: {reason}") from error
     print(f"resumed after epoch {progress['epoch']} of {path.parent}")
     return progress
 
@@ -283,20 +316,18 @@ def collect(*folders: str | Path, tasks: Container, methods: Container) -> list[
     for folder in folders:
         files += Path(folder).rglob("metrics.json")
     results = []
-    for file in sorted(files, key=lambda path: path.stat().st_mtime):
+    for file in sorted(files, key=lambda path: path.lstat().st_mtime):
         try:
-            metrics = json.loads(file.read_text())
-            config = json.loads(file.with_name("config.json").read_text())
+            config = read_json(file.with_name("config.json"), CONFIG)
             arguments, own = config["arguments"], config["identity"]
             split = "val" if own.get("val") else "test"
-            top1 = float(metrics[f"{split}_top1"])
-            for key in ("dataset", "official", "seed", "data", "model"):
-                metrics[key]
-            known = metrics["dataset"] in tasks and own["method"] in methods
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            why = f"remove it or run it again ({type(error).__name__}: {error})"
-            print(f"{file.parent} is damaged and left out: {why}", file=sys.stderr)
+            metrics = read_json(file, METRICS | {f"{split}_top1": (0, 100)})
+        except RunError as error:
+            reason = f"{file.parent} is damaged and left out: {error}"
+            print(printable(reason), file=sys.stderr)
             continue
+        top1 = float(metrics[f"{split}_top1"])
+        known = metrics["dataset"] in tasks and own["method"] in methods
         if known:
             results.append(Result(arguments, own, metrics, split, top1))
         else:

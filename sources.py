@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import splits
+from files import regular
 from images import find, image_format, inside, lines
 from originals import Content
 from splits import CUTS, DataError, Missing
@@ -54,6 +55,15 @@ class Found:
     digests: dict[str, str] = field(default_factory=dict)
     agrees: bool = True
     notes: list[str] = field(default_factory=list)
+
+
+def read(task, root: Path, roles: Iterable[str], source: str, download: bool) -> Found:
+    """By the task's own reader; DataError for files that the system does not let it read."""
+    try:
+        return task.read(task, root, roles, source, download)
+    except OSError as error:  # no permission, a name that is too long, a folder in a file's place
+        reason = error.strerror or error
+        raise DataError(f"{task.name}: cannot read {error.filename}: {reason}") from error
 
 
 def read_originals(task, root: Path, roles: Iterable[str], source: str, download: bool) -> Found:
@@ -315,10 +325,10 @@ def read_fgvc(task, root: Path, roles: Sequence[str], source: str, download: boo
 def _fgvc_list(task, folder: Path, role: str) -> dict[str, int]:
     listing = folder / f"{role}.json"
     try:
-        listed = json.loads(listing.read_text(encoding="utf-8-sig"))
+        listed = json.loads(regular(listing).read_text(encoding="utf-8-sig"))
         if not listed or not all(type(label) is int for label in listed.values()):
             raise ValueError("a class is no integer, or the list is empty")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{listing} is no list like {{'<image>': <class>}} ({error}): get it again"
         ) from None

@@ -41,10 +41,10 @@ from backbone import (
 )
 from baselines import METHODS
 from eval import create_model, create_normalizer, evaluate, load_data
+from files import RunError, whole, write_json, write_log
 from model import adapter_state, check_gradients, find_method, save_adapter
 from runs import (
     Diverged,
-    RunError,
     autocast,
     check_unfinished,
     finished,
@@ -58,8 +58,6 @@ from runs import (
     restore,
     run_folder,
     save_state,
-    write_json,
-    write_log,
 )
 
 
@@ -206,7 +204,8 @@ def run(args: argparse.Namespace) -> dict:
     if last < guess + 5:
         hint = f"training top-1 is {last:.1f} %, the largest class alone gives {guess:.1f} %"
         print(f"warning: hardly anything was learned ({hint}): change --lr", file=sys.stderr)
-    save_adapter(model, folder / "adapter.safetensors", config)
+    with whole(folder / "adapter.safetensors") as draft:
+        save_adapter(model, draft, config)
 
     # the one evaluation, with the last weights
     scores = evaluate(model, test, normalize, amp=amp, workers=args.workers)

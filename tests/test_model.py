@@ -158,7 +158,7 @@ def test_proj_does_not_hit_the_patch_embedding():
             self.patch_embed = nn.ModuleDict({"proj": nn.Linear(4, 4)})
             self.attn = nn.ModuleDict({"proj": nn.Linear(4, 4)})
 
-    assert models.inject(Net(), ["proj"], head=()) == ["attn.proj"]
+    assert models.inject(Net(), ["proj"], rank=4, head=()) == ["attn.proj"]
 
 
 def test_a_fused_layer_whose_heads_alternate_has_no_q_rows():

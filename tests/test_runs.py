@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import files
 import mlae
 import runs
 import train
@@ -59,7 +60,7 @@ def test_the_folder_says_what_differs():
     )
 
 
-RESULT = {"official": True, "digest": "", "images": 3}
+RESULT = {"official": True, "digest": "", "images": 3, "run": "runs/digits/a", "test_top1": 9.0}
 
 
 def test_a_layer_of_ones_own_makes_another_run(monkeypatch):
@@ -92,7 +93,7 @@ def test_a_result_of_other_defaults_is_not_taken_for_this_run(tmp_path):
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "metrics.json"
-    runs.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        runs.write_json(path, {"a": object()})
+        files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
