@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -536,3 +537,27 @@ def test_similarity_is_the_frobenius_cosine():
     )
     torch.testing.assert_close(expert_similarity(layer), want, rtol=0, atol=1e-5)
     assert torch.equal(expert_similarity(MLAELinear(6, 10, rank=3)), torch.zeros(3, 3))
+
+
+def test_the_layers_of_torchvision_and_transformers_as_in_readme():
+    vision = torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=5)
+    nn.init.normal_(vision.heads.head.weight)  # torchvision starts it at zero
+    for layer in vision.encoder.layers:
+        layer.mlp[0] = MLAELinear.from_linear(layer.mlp[0])
+    x = torch.randn(2, 3, 32, 32)
+    vision(x).sum().backward()
+    assert vision.encoder.layers[1].mlp[0].lora_B.grad.any()
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("its layers had other names before transformers 5")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 64, "image_size": 32, "patch_size": 16, "num_labels": 5}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
+    model.requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    for layer in model.vit.layers:
+        layer.attention.q_proj = MLAELinear.from_linear(layer.attention.q_proj)
+    model(x, labels=torch.tensor([0, 1])).loss.backward()
+    for parameter in model.parameters():
+        assert not parameter.requires_grad or parameter.grad is not None
+    assert all(layer.attention.q_proj.lora_B.grad.any() for layer in model.vit.layers)
