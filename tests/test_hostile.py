@@ -675,8 +675,11 @@ def test_eval_neither_downloads_nor_writes(folder, capsys, monkeypatch, dataset)
 
 
 def test_eval_asks_the_hub_for_nothing(folder, capsys, monkeypatch, tmp_path):
-    def connect(*arguments):
-        raise AssertionError("a connection is made")
+    asked = []
+
+    def connect(*arguments, **options):
+        asked.append(arguments)
+        raise OSError("tests connect to nothing")
 
     monkeypatch.setattr("socket.socket.connect", connect)
     monkeypatch.setattr("socket.getaddrinfo", connect)
@@ -684,6 +687,7 @@ def test_eval_asks_the_hub_for_nothing(folder, capsys, monkeypatch, tmp_path):
     config = changed(read(path), "arguments.model", "vit_tiny_patch16_224")
     put(path, changed(config, "arguments.img_size", 32))
     assert "--checkpoint" in refused(capsys, evaluation.main, folder, "--device", "cpu")
+    assert not asked
 
 
 def test_a_slow_download_says_that_it_tries(capsys, monkeypatch):
