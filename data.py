@@ -14,7 +14,6 @@ random resized crops and flips in training, the centre crop in testing.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import sys
@@ -27,7 +26,9 @@ import numpy as np
 from torchvision import datasets
 
 import originals
+from flags import Parser
 from images import NORMALIZE, Images, lines, normalizer  # noqa: F401
+from runs import one_line
 from sources import NUMBER, Found, Original, join, read, read_embedded, read_fgvc, read_vtab
 from splits import CONSTANTS, CUTS, DataError, Missing, tfds_order  # noqa: F401
 
@@ -323,28 +324,27 @@ def report(task: Task, root: Path) -> bool:
     return is_whole
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 0, 1 if something is damaged, 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(
+def main(argv: list[str] | None = None) -> None:
+    """Print the table; exit code 1 if something is damaged, 2 for wrong arguments."""
+    parser = Parser(
+        prog="data.py",
         description="The table of tasks: classes, training, validation and test images, what "
-        "agrees with our official split, and what is there, proven. Downloads and trains nothing."
+        "agrees with our official split,\nand what is there, proven. Downloads and trains nothing.",
     )
     flag = parser.add_argument
     flag("--data-dir", default="data", help="the folder of all data sets (default: data)")
     flag("--dataset", nargs="+", default=list(SUITES), help="tasks, vtab, fgvc (default: both)")
-    args = parser.parse_args(arguments)
-    try:
+    args = parser.parse_args(argv)
+    with one_line("data.py"):
         if not Path(args.data_dir).is_dir():
             raise DataError(f"--data-dir: there is no folder {args.data_dir}")
         tasks = []
         for name in args.dataset:
             tasks += tasks_of(SUITES.get(name)) or [find_task(name)]
-    except DataError as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{'task':18}classes  train   val   test  what agrees with our official split")
-    return 0 if all([report(task, Path(args.data_dir)) for task in tasks]) else 1
+        print(f"{'task':18}classes  train   val   test  what agrees with our official split")
+        are_whole = [report(task, Path(args.data_dir)) for task in tasks]
+    sys.exit(0 if all(are_whole) else 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

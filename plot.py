@@ -59,15 +59,14 @@ def draw_sweeps(sweeps: list[tuple], path: Path) -> None:
     """A column of plots for each of bench.py's sweeps: time of a step, and peak memory.
 
     sweeps: [(flag, [(value, rows of one measurement), ...]), ...]. Time is over the floor's if that
-    was measured. Raises RunError for a bad file, before anything is drawn.
+    was measured; where no memory was measured there is no such plot. Raises RunError for a bad file, before anything is drawn.
     """
     check_file(path)
-    figure, axes = new_figure(2, max(1, len(sweeps)), (3.2, 2.75))
+    with_memory = has_memory(sweeps)
+    figure, axes = new_figure(1 + with_memory, max(1, len(sweeps)), (3.2, 2.75))
     if not sweeps:  # only asked whether it could be done
         return
     for column, (name, points) in enumerate(sweeps):
-        upper = axes[0, column]
-        lower = axes[1, column]
         labels = []
         lines = {}
         for value, rows in points:
@@ -80,17 +79,34 @@ def draw_sweeps(sweeps: list[tuple], path: Path) -> None:
             times = [row["seconds"] for row in rows]
             if over_floor:
                 times = [row["over floor"][1] for row in rows]
+            # see-through, so that a line on top of another hides nothing; whole at the border
+            looks = {"alpha": 0.7, "clip_on": False, "markersize": 5}
+            words = method
+            if method == "floor":
+                words = "floor: frozen backbone, head trained"
+            axes[0, column].plot(labels, times, look, label=words, **looks)
             memory = [row["memory_mb"] for row in rows]
-            upper.plot(labels, times, look, label=method)
             if all(memory):
-                lower.plot(labels, memory, look)
-        upper.set(ylabel="time over floor" if over_floor else "seconds a step")
-        upper.margins(0.08)
-        lower.set(xlabel=f"--{name}", ylabel="peak memory, MiB")
-        lower.margins(0.08)
-    axes[0, 0].legend(fontsize=8)
+                axes[1, column].plot(labels, memory, look, **looks)
+        axes[0, column].set(ylabel="time over floor" if over_floor else "seconds a step")
+        if with_memory:
+            axes[1, column].set(ylabel="peak memory, MiB")
+        axes[-1, column].set(xlabel=f"--{name}")
+    for axis in axes.flat:
+        axis.margins(0.1)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=8, loc="outside upper center", ncols=3)
     with whole(path) as draft:
         figure.savefig(draft, format=path.suffix[1:], dpi=80)
+
+
+def has_memory(sweeps: list[tuple]) -> bool:
+    """Whether the memory of any step was measured."""
+    for _, points in sweeps:
+        for _, rows in points:
+            if any(row["memory_mb"] for row in rows):
+                return True
+    return False
 
 
 def read_curves(folders: list[Path]) -> dict[str, list[tuple]]:

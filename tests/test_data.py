@@ -351,9 +351,16 @@ def test_every_task_says_what_agrees_with_its_split():
             assert task.verified == ("originals" if by_originals else "counts only")
 
 
+def table(arguments):
+    """The exit code of data.py."""
+    with pytest.raises(SystemExit) as stop:
+        data.main(arguments)
+    return stop.value.code
+
+
 def test_the_printed_table(prepared, birds, capsys):
     shutil.copytree(prepared / "vtab-1k", birds / "vtab-1k", symlinks=True)
-    assert data.main(["--data-dir", str(birds)]) == 0
+    assert table(["--data-dir", str(birds)]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if not line.startswith(" ")]
     names = [task.name for task in data.TASKS.values() if task.benchmark in ("vtab-1k", "fgvc")]
@@ -375,7 +382,7 @@ def test_the_printed_table(prepared, birds, capsys):
 
 def test_the_printed_table_of_damaged_data_and_wrong_arguments(prepared, tmp_path, capsys):
     root = edited(prepared, tmp_path, "test.txt", lambda x: ["images/test/gone.png 3", *x[1:]])
-    assert data.main(["--data-dir", str(root), "--dataset", "cifar"]) == 1
+    assert table(["--data-dir", str(root), "--dataset", "cifar"]) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[2].startswith("    DAMAGED: ") and out[2].endswith(
         "gone.png does not exist; unpack the archive again"
@@ -390,7 +397,7 @@ def test_the_printed_table_of_damaged_data_and_wrong_arguments(prepared, tmp_pat
             "unknown dataset 'cifra': did you mean 'cifar'?",
         ),
     ):
-        assert data.main(arguments) == 2
+        assert table(arguments) == 2
         captured = capsys.readouterr()
         assert captured.err == f"data.py: error: {message}\n" and not captured.out
 
