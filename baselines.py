@@ -10,7 +10,7 @@ A new method is one more row. `model.py` adapts, saves and merges models by thes
 from __future__ import annotations
 
 import argparse
-import math
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mlae import PATTERNS, MLAELinear, fixed_masks, mask_rates, set_mask_prob
+from snell import GATES, SNELLLinear, allocate_sparsity, reallocate
 
 __all__ = ["MASKINGS", "METHODS", "METHODS_HELP", "PATTERNS", "SCHEDULES", "Method"]
+__all__ += ["GATES", "MoRLinear", "SNELLLinear", "allocate_sparsity", "orthogonality"]
 
 MASKINGS = {  # which masks act: (a new one at every step, one drawn for good)
     "stochastic": (True, False),
@@ -147,262 +148,110 @@ def mlae_log(model: nn.Module) -> dict:
 
 def lora_plan(num_layers: int, settings: dict) -> list[dict]:
     """LoRA (Hu et al. 2021) is MLAE without masks and with lambda fixed at alpha / rank."""
-    return [settings | {"mask_prob": 0.0}] * num_layers
+    shared = {"rank": settings["rank"], "coef_init": settings["coef_init"]}
+    return [shared | {"mask_prob": 0.0}] * num_layers
 
 
 def orthogonality(model: nn.Module) -> Tensor:
-    """Mean over all factors of the model of ||A A^T - I||_F or ||B^T B - I||_F, a scalar."""
+    """RM-LoRA's penalty: the mean over all factors of ||A A^T - I||_F and ||B^T B - I||_F."""
     norms = []
-    for name, factor in model.named_parameters():
-        if name.endswith(("lora_A", "lora_B")):
-            rows = factor if name.endswith("A") else factor.T  # (rank, in) or (rank, out)
-            excess = rows @ rows.T - torch.eye(len(rows)).to(rows)  # (rank, rank)
-            norms.append(torch.linalg.matrix_norm(excess))
+    for layer in mlae_layers(model):
+        unit = torch.eye(layer.rank, device=layer.lora_A.device)
+        for factor in (layer.lora_A, layer.lora_B.T):  # (rank, in), (rank, out)
+            norms.append((factor @ factor.T - unit).norm())
     return torch.stack(norms).mean()
 
 
-def rmlora_plan(num_layers: int, settings: dict) -> list[dict]:
-    """RM-LoRA (Mao et al. 2024, arXiv 2407.12074): LoRA with a penalty and masked gradients.
-
-    The loss gains penalty_weight * `orthogonality`; `mask_gradients` does the rest.
-    """
-    if settings["active_ranks"] < 1 or settings["variant"] not in (1, 2):
-        raise ValueError("active_ranks must be at least 1, and variant 1 or 2")
-    return lora_plan(num_layers, {name: settings[name] for name in ("rank", "coef_init")})
-
-
 def mask_gradients(model: nn.Module, progress: float) -> None:
-    """Let `active_ranks` random ranks of each layer learn at this step, by their gradients.
+    """RM-LoRA (Mao et al. 2024, arXiv 2407.12074): LoRA of which `active_ranks` learn at a step.
 
-    Variant 1: the same ranks of A and B; 2: drawn for each. Momentum and weight decay still move
-    the others. As published the first step, when B is zero, is not masked. The head is not masked
-    either; in the authors' code it stops learning after the first step.
+    They are drawn for each layer, in variant 1 for A and B together, in 2 apart. Only gradients
+    are masked: momentum and weight decay move all ranks. The first step, when B is zero, is not
+    masked; nor is the head, which in the authors' code learns at the first step only.
     """
     settings, layers = model.method_settings, mlae_layers(model)
-    idle = layers[0].lora_A.grad is None
-    if idle or not any(layer.lora_B.any() for layer in layers):
+    started = any(layer.lora_B.any() for layer in layers)
+    if layers[0].lora_A.grad is None or not started:
         return
     order = torch.rand(2, len(layers), settings["rank"], device="cpu").argsort(-1)
-    active = (order < settings["active_ranks"]).to(layers[0].lora_A.device)
-    active_A, active_B = active if settings["variant"] == 2 else (active[0], active[0])
+    active = (order < settings["active_ranks"]).to(layers[0].lora_A.device)  # (2, layers, rank)
+    active_A, active_B = active[0], active[settings["variant"] - 1]
     for layer, rows, columns in zip(layers, active_A, active_B, strict=True):
         layer.lora_A.grad *= rows[:, None]
         layer.lora_B.grad *= columns
 
 
-class AdaptedLinear(nn.Linear):
-    """A frozen linear layer with the factors `lora_A` (rank, in) and a zero `lora_B` (out, rank).
-
-    Raises ValueError for a rank below 1, and for `rows`: it adapts whole layers only.
-    """
-
-    def __init__(
-        self, in_features, out_features, bias, rank, rows, device=None, dtype=None, _frozen=None
-    ) -> None:
-        if rows is not None:
-            raise ValueError(f"{type(self).__name__} adapts whole layers, not some of their rows")
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank must be an integer of at least 1, not {rank!r}")
-        device = device if _frozen is None else "meta"
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        if _frozen is not None:
-            self.weight, self.bias = _frozen.weight, _frozen.bias
-        self.requires_grad_(False)
-        self.like = {"device": self.weight.device, "dtype": dtype or self.weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, **self.like))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **self.like))
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, **kwargs) -> AdaptedLinear:
-        """Adapt `linear`, as `MLAELinear.from_linear` does: shared weights, float32 factors."""
-        if type(linear) is not nn.Linear:
-            raise ValueError(f"{type(linear).__name__} is not a plain linear layer")
-        kwargs.setdefault("dtype", torch.promote_types(linear.weight.dtype, torch.float32))
-        sizes = linear.in_features, linear.out_features, linear.bias is not None
-        return cls(*sizes, _frozen=linear, **kwargs).train(linear.training)
-
-
-class MoRLinear(AdaptedLinear):
+class MoRLinear(MLAELinear):
     """Mixture of Ranks (arXiv 2410.13408): N experts that differ in the scales of a shared LoRA.
 
-        y = x W^T + b + sum_i g_i lB_i * (B (lA_i * (A x))),  g = softmax(router x)
+        y = x W^T + b + sum_i g_i lB_i * (B (lA_i * (A x)))        g = softmax(router x)
 
-    for every token, with lA_i (rank,) and lB_i (out,) in `scale_A` (N, rank) and `scale_B`
-    (N, out). How the scales start is not published: at 1, with noise of 0.02 on lA, or all experts
-    would be one. alpha is the rank, and no loss balances the experts.
+    for every token, with rows lA_i of `scale_A` (N, rank) and lB_i of `scale_B` (N, out). alpha is
+    the rank; no loss balances the experts. The start of the scales is not published: here they are
+    1, with noise on lA, without which all experts would stay the same.
     """
 
     def __init__(
-        self, in_features, out_features, bias=True, *, rank=8, num_experts=8, rows=None, **place
+        self, in_features, out_features, bias=True, *, rank=8, num_experts=8, **place
     ) -> None:
-        super().__init__(in_features, out_features, bias, rank, rows, **place)
-        noise = 0.02 * torch.randn(num_experts, rank)
-        self.scale_A = nn.Parameter((1 + noise).to(**self.like))
-        self.scale_B = nn.Parameter(torch.ones(num_experts, out_features, **self.like))
-        self.router = nn.Linear(in_features, num_experts, bias=False, **self.like)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        super().__init__(in_features, out_features, bias, rank=rank, mask_prob=0.0, **place)
+        del self.lora_lambda, self.expert_mask  # of MLAELinear, which made the factors
+        like = {"device": self.lora_A.device, "dtype": self.lora_A.dtype}
+        self.scale_A = nn.Parameter(self.lora_A.new_empty(num_experts, rank).normal_(1, 0.02))
+        self.scale_B = nn.Parameter(self.lora_A.new_ones(num_experts, out_features))
+        self.router = nn.Linear(in_features, num_experts, bias=False, **like)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)  # (..., out)
+        y = F.linear(x, self.weight, self.bias)  # (..., out)
         x = x.to(self.lora_A.dtype)
         gates = self.router(x).softmax(-1)  # (..., N)
-        h = F.linear(x, self.lora_A)  # (..., rank)
-        h = gates.unsqueeze(-1) * h.unsqueeze(-2)  # (..., N, rank)
-        experts = self.scale_A.unsqueeze(-1) * self.lora_B.T  # (N, rank, out)
+        h = gates.unsqueeze(-1) * F.linear(x, self.lora_A).unsqueeze(-2)  # (..., N, rank)
+        experts = self.scale_A.unsqueeze(-1) * self._full_B().T  # (N, rank, out)
         experts = experts * self.scale_B.unsqueeze(1)
-        return y + (h.flatten(-2) @ experts.flatten(0, 1)).to(y.dtype)  # (..., out)
-
-    def delta_weight(self) -> Tensor:
-        """Raises TypeError: the router's weights depend on the input, so there is no one matrix."""
-        raise TypeError("a mixture of ranks depends on the input: it has no one update to merge")
-
-    to_linear = delta_weight
-
-
-GATES = ("code", "paper")  # which entries of SNELL's update stay, and how they count
-
-
-class SNELLLinear(AdaptedLinear):
-    """SNELL (Shen et al. 2024, arXiv 2411.01800): a sparse update from the distance of factors.
-
-        D_ji = 0.1 ||a_i - b_j|| - 0.1 ||a'_i - b'_j||      a, b: first half of the ranks; a', b': second
-        W'   = W + D * |D| where |D| is above its `sparsity` quantile, elsewhere W
-
-    As in the authors' code |D| has no gradient; gate="paper" has D * max(|D| - quantile, 0), as
-    printed. A fused qkv is one layer with one quantile; the authors have q, k and v apart.
-    `adaptive` is SNELLA (arXiv 2510.24037): D + a softmax(D / g over out) + b with `mix` (a, g, b),
-    and `importance` (2, rank * (in + out)), the running means behind `reallocate`.
-
-    D is made again in the backward pass: no (out, in) matrix is kept.
-    """
-
-    def __init__(
-        self,
-        in_features,
-        out_features,
-        bias=True,
-        *,
-        rank=32,
-        sparsity=0.9,
-        adaptive=False,
-        gate="code",
-        rows=None,
-        **place,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, rank, rows, **place)
-        if rank % 2 or not 0 <= sparsity < 1 or gate not in GATES:
-            raise ValueError(
-                f"SNELL needs an even rank, a sparsity in [0, 1) and a gate of {' or '.join(GATES)}"
-            )
-        self.sparsity = float(sparsity)
-        self.gate = gate
-        for factor, size in ((self.lora_A, in_features), (self.lora_B, out_features)):
-            nn.init.uniform_(factor, -1, 1)
-            with torch.no_grad():
-                factor /= math.sqrt(size * rank / 2)
-        self.mix = nn.Parameter(torch.tensor([1.0, 1.0, 0.0], **self.like)) if adaptive else None
-        running = torch.zeros(2, rank * (in_features + out_features), **self.like)
-        self.register_buffer("importance", running if adaptive else None)
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.sparsity, dtype=torch.float64)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.sparsity = state.item()
-
-    def _update(self, dtype: torch.dtype) -> Tensor:
-        a = self.lora_A.to(dtype).unflatten(0, (2, -1)).mT  # (2, in, rank / 2)
-        b = self.lora_B.to(dtype).unflatten(1, (2, -1)).transpose(0, 1)  # (2, out, rank / 2)
-        # by products; its gradient at distance 0 is 0
-        distance = torch.cdist(b, a, compute_mode="use_mm_for_euclid_dist")  # (2, out, in)
-        delta = 0.1 * (distance[0] - distance[1])  # (out, in)
-        if self.mix is not None:
-            scale, temperature, shift = self.mix.to(dtype)
-            delta = delta + scale * (delta / temperature).softmax(0) + shift
-        size = delta.detach().abs()
-        position = self.sparsity * (size.numel() - 1)
-        ordered = size.flatten()
-        threshold = ordered.kthvalue(int(position) + 1).values
-        if self.gate == "code":  # interpolated, the threshold would keep the same entries
-            return delta * torch.where(size > threshold, size, 0)
-        above = ordered.kthvalue(min(int(position) + 2, len(ordered))).values
-        threshold = torch.lerp(threshold, above, position % 1)
-        return delta * (delta.abs() - threshold).clamp_min(0)
+        return y + (h.flatten(-2) @ experts.flatten(0, 1)).to(y.dtype)
 
     def _fold_onto(self, weight: Tensor) -> Tensor:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        with torch.autocast(weight.device.type, enabled=False):
-            return weight.to(wide) + self._update(wide)
-
-    def _folded(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._fold_onto(self.weight).to(self.weight.dtype), self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self._folded, x, use_reentrant=False, preserve_rng_state=False)
-
-    delta_weight = MLAELinear.delta_weight  # these two ask _fold_onto
-    to_linear = MLAELinear.to_linear
-
-
-def allocate_sparsity(
-    importance: Sequence[float], sizes: Sequence[int], budget: int
-) -> list[float]:
-    """Share `budget` entries out to L layers by importance; the sparsity of each.
-
-    A layer gets its share rounded down, at most its size; what is left over is shared out again.
-    Without any importance the shares are as the sizes.
-    """
-    weights = [float(value) for value in importance]
-    if not any(weights):
-        weights = [float(size) for size in sizes]
-    kept, gained = [0] * len(weights), True
-    while gained:
-        room = [int(size) - count for size, count in zip(sizes, kept, strict=True)]
-        open_weights = [w if free else 0.0 for w, free in zip(weights, room, strict=True)]
-        per_weight = (budget - sum(kept)) / (sum(open_weights) or 1.0)
-        gains = []
-        for weight, free in zip(open_weights, room, strict=True):
-            gains.append(min(free, int(weight * per_weight + 1e-9)))
-        kept = [count + gain for count, gain in zip(kept, gains, strict=True)]
-        gained = any(gains)
-    return [1 - count / int(size) for count, size in zip(kept, sizes, strict=True)]
-
-
-@torch.no_grad()
-def reallocate(model: nn.Module, progress: float) -> None:
-    """SNELLA's budget: (1 - progress)^3 of the way from sparsity `start_sparsity` to `sparsity`.
-
-    A layer's importance is the mean over its factors of E[|p grad|] E[||p grad| - E[|p grad|]|],
-    E a running mean with 0.85. The authors share the budget out once an epoch, this every step.
-    """
-    layers = [module for module in model.modules() if isinstance(module, SNELLLinear)]
-    for layer in layers:
-        factors = layer.lora_A, layer.lora_B
-        if layer.lora_A.grad is not None:
-            products = torch.cat([(p * p.grad).abs().flatten() for p in factors])
-            mean, spread = layer.importance
-            products = torch.where(products.isfinite(), products, mean)  # fp16 may overflow
-            mean.lerp_(products, 0.15)
-            spread.lerp_((products - mean).abs(), 0.15)
-    first, last = model.method_settings["start_sparsity"], model.method_settings["sparsity"]
-    overall = last + (first - last) * (1 - progress) ** 3
-    importance = torch.stack([layer.importance.prod(0).mean() for layer in layers])
-    sizes = [layer.weight.numel() for layer in layers]
-    budget = round(sum(sizes) * (1 - overall))
-    for layer, sparsity in zip(
-        layers, allocate_sparsity(importance.tolist(), sizes, budget), strict=True
-    ):
-        layer.sparsity = sparsity
+        raise TypeError("a mixture of ranks has no one update to merge: it depends on the input")
 
 
 def snella_plan(num_layers: int, settings: dict) -> list[dict]:
-    """The keywords of SNELLA's layers, which begin at `start_sparsity`."""
+    """Every layer of SNELLA starts at `start_sparsity`."""
     shared = {"rank": settings["rank"], "gate": settings["gate"], "adaptive": True}
     return [shared | {"sparsity": settings["start_sparsity"]}] * num_layers
 
 
-ALL_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+def adapter_size(method: str, sizes: Sequence[tuple[int, int]], **settings) -> int:
+    """How many parameters a method trains in layers of these (in_features, out_features)."""
+    row, count = METHODS[method], 0
+    plan = row.plan(len(sizes), row.own(settings))
+    for (inputs, outputs), keywords in zip(sizes, plan, strict=True):
+        layer = row.layer(inputs, outputs, device="meta", **keywords)
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad and name not in row.fixed:
+                count += parameter.numel()
+    return count
 
+
+def nearest_rank(method: str, sizes: Sequence[tuple[int, int]], budget: int, **settings) -> int:
+    """The rank at which `adapter_size` comes nearest to a number of parameters.
+
+    Raises ValueError for a method that has no rank.
+    """
+    if "rank" not in METHODS[method].settings:
+        raise ValueError(f"{method} has no rank to choose")
+    off = {}  # rank -> how far it is from the budget
+    for rank in itertools.count(1):
+        try:
+            off[rank] = adapter_size(method, sizes, **settings, rank=rank) - budget
+        except ValueError:
+            if rank % 2 == 0:  # a kernel refuses odd ranks; another setting is wrong
+                raise
+        if off.get(rank, -1) >= 0:
+            break
+    return min(off, key=lambda rank: abs(off[rank]))
+
+
+ALL_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 METHODS: dict[str, Method] = {
     "mlae": Method(
         trains="masked rank-1 experts (Wang et al. 2024)",
@@ -436,7 +285,7 @@ METHODS: dict[str, Method] = {
             "active_ranks": 4,
             "variant": 2,
         },
-        plan=rmlora_plan,
+        plan=lora_plan,
         fixed=("lora_lambda",),
         penalty=lambda model: model.method_settings["penalty_weight"] * orthogonality(model),
         before_step=mask_gradients,
