@@ -162,7 +162,7 @@ def allocate_sparsity(importance: Sequence, sizes: Sequence, budget: int) -> lis
         wanting = weights * (kept < sizes)
         share = (budget - kept.sum()) * wanting / wanting.sum().clamp_min(1e-300)
         gain = (share + 1e-6).floor().minimum(sizes - kept)  # 2.9999999 is 3
-        if not gain.any():
+        if not gain.sum() > 0:
             return (1 - kept / sizes).tolist()
         kept += gain
 

@@ -398,7 +398,11 @@ def test_after_the_first_step_k_ranks_have_gradients(variant):
 
 def test_every_rank_acts_in_the_forward_pass_and_before_gradients_nothing_happens(images):
     net = make("rmlora").train()
-    METHODS["rmlora"].before_step(net, 0.0)  # train.py's call before the first step
+    for layer in models.adapters(net).values():
+        nn.init.normal_(layer.lora_B)
+    METHODS["rmlora"].before_step(
+        net, 0.5
+    )  # as train.py calls it before the first step on --resume
     assert torch.equal(net(images), net.eval()(images))
     assert net.blocks[0].attn.qkv.lora_lambda.eq(4).all()  # alpha / rank of the authors
 
@@ -471,6 +475,10 @@ def test_importance_is_the_product_of_two_running_means():
     want = allocate_sparsity(importance, sizes, budget)
     assert [layer.sparsity for layer in layers] == pytest.approx(want, abs=1e-4)
     assert len({round(share, 3) for share in want}) > 3
+
+
+def test_shares_without_a_number_end():
+    assert allocate_sparsity([math.nan, 1.0], [10, 10], 5) == [1.0, 1.0]
 
 
 def test_an_overflow_does_not_stay_in_the_importance():
