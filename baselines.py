@@ -152,6 +152,13 @@ def lora_plan(num_layers: int, settings: dict) -> list[dict]:
     return [shared | {"mask_prob": 0.0}] * num_layers
 
 
+def rmlora_plan(num_layers: int, settings: dict) -> list[dict]:
+    """LoRA's, for RM-LoRA; raises ValueError for settings that are not to be had."""
+    if settings["variant"] not in (1, 2) or settings["active_ranks"] < 1:
+        raise ValueError("variant must be 1 or 2, and active_ranks at least 1")
+    return lora_plan(num_layers, settings)
+
+
 def orthogonality(model: nn.Module) -> Tensor:
     """RM-LoRA's penalty: the mean over all factors of ||A A^T - I||_F and ||B^T B - I||_F."""
     norms = []
@@ -195,6 +202,8 @@ class MoRLinear(MLAELinear):
         self, in_features, out_features, bias=True, *, rank=8, num_experts=8, **place
     ) -> None:
         super().__init__(in_features, out_features, bias, rank=rank, mask_prob=0.0, **place)
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, not {num_experts}")
         del self.lora_lambda, self.expert_mask  # of MLAELinear, which made the factors
         like = {"device": self.lora_A.device, "dtype": self.lora_A.dtype}
         self.scale_A = nn.Parameter(self.lora_A.new_empty(num_experts, rank).normal_(1, 0.02))
@@ -215,7 +224,9 @@ class MoRLinear(MLAELinear):
 
 
 def snella_plan(num_layers: int, settings: dict) -> list[dict]:
-    """Every layer of SNELLA starts at `start_sparsity`."""
+    """Every layer of SNELLA starts at `start_sparsity`; `sparsity` is for `reallocate`."""
+    if not 0 <= settings["sparsity"] < 1:
+        raise ValueError(f"sparsity must be in [0, 1), not {settings['sparsity']}")
     shared = {"rank": settings["rank"], "gate": settings["gate"], "adaptive": True}
     return [shared | {"sparsity": settings["start_sparsity"]}] * num_layers
 
@@ -235,9 +246,9 @@ def adapter_size(method: str, sizes: Sequence[tuple[int, int]], **settings) -> i
 def nearest_rank(method: str, sizes: Sequence[tuple[int, int]], budget: int, **settings) -> int:
     """The rank at which `adapter_size` comes nearest to a number of parameters.
 
-    Raises ValueError for a method that has no rank.
+    Raises ValueError for a method that has no rank, or no layers.
     """
-    if "rank" not in METHODS[method].settings:
+    if "rank" not in METHODS[method].settings or not sizes:
         raise ValueError(f"{method} has no rank to choose")
     off = {}  # rank -> how far it is from the budget
     for rank in itertools.count(1):
@@ -285,7 +296,7 @@ METHODS: dict[str, Method] = {
             "active_ranks": 4,
             "variant": 2,
         },
-        plan=lora_plan,
+        plan=rmlora_plan,
         fixed=("lora_lambda",),
         penalty=lambda model: model.method_settings["penalty_weight"] * orthogonality(model),
         before_step=mask_gradients,

@@ -241,6 +241,21 @@ def test_settings_of_snell_that_are_not_to_be_had(keywords, message):
         SNELLLinear(4, 4, **keywords)
 
 
+@pytest.mark.parametrize(
+    ("method", "keywords", "message"),
+    [
+        ("rmlora", {"variant": 3}, "variant must be 1 or 2"),
+        ("rmlora", {"active_ranks": 0}, "active_ranks at least 1"),
+        ("mor", {"num_experts": 0}, "num_experts must be at least 1, not 0"),
+        ("snella", {"sparsity": 1.5}, r"sparsity must be in \[0, 1\), not 1.5"),
+        ("snella", {"start_sparsity": -1}, r"sparsity must be in \[0, 1\), not -1"),
+    ],
+)
+def test_settings_that_are_not_to_be_had(method, keywords, message):
+    with pytest.raises(models.ModelError, match=message):
+        make(method, **keywords)
+
+
 @pytest.mark.parametrize("kind", [MoRLinear, SNELLLinear])
 def test_a_half_precision_layer_gets_float32_factors(kind):
     linear = nn.Linear(8, 6).to(torch.bfloat16).eval()
