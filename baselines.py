@@ -10,14 +10,19 @@ A new method is one more row. `model.py` adapts, saves and merges models by thes
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlae import MLAELinear, fixed_masks, mask_rates, set_mask_prob
+from snell import GATES, SNELLLinear, allocate_sparsity, reallocate
+
+__all__ = ["GATES", "METHODS", "Method", "MoRLinear", "SNELLLinear", "allocate_sparsity"]
 
 MASKINGS = {  # which masks act: (a new one at every step, one drawn for good)
     "stochastic": (True, False),
@@ -156,9 +161,121 @@ def mlae_log(model: nn.Module) -> dict:
 
 def lora_plan(num_layers: int, settings: dict) -> list[dict]:
     """LoRA (Hu et al. 2021) is MLAE without masks and with lambda fixed at alpha / rank."""
-    return [settings | {"mask_prob": 0.0}] * num_layers
+    shared = {"rank": settings["rank"], "coef_init": settings["coef_init"]}
+    return [shared | {"mask_prob": 0.0}] * num_layers
 
 
+def rmlora_plan(num_layers: int, settings: dict) -> list[dict]:
+    """LoRA's, for RM-LoRA; raises ValueError for settings that are not to be had."""
+    if settings["variant"] not in (1, 2) or settings["active_ranks"] < 1:
+        raise ValueError("variant must be 1 or 2, and active_ranks at least 1")
+    return lora_plan(num_layers, settings)
+
+
+def orthogonality(model: nn.Module) -> Tensor:
+    """RM-LoRA's penalty: the mean over all factors of ||A A^T - I||_F and ||B^T B - I||_F."""
+    norms = []
+    for layer in mlae_layers(model):
+        unit = torch.eye(layer.rank, device=layer.lora_A.device)
+        for factor in (layer.lora_A, layer.lora_B.T):  # (rank, in), (rank, out)
+            norms.append((factor @ factor.T - unit).norm())
+    return torch.stack(norms).mean()
+
+
+def mask_gradients(model: nn.Module, progress: float) -> None:
+    """RM-LoRA (Mao et al. 2024, arXiv 2407.12074): LoRA of which `active_ranks` learn at a step.
+
+    They are drawn for each layer, in variant 1 for A and B together, in 2 apart. Only gradients
+    are masked: momentum and weight decay move all ranks. The first step, when B is zero, is not
+    masked; nor is the head, which in the authors' code learns at the first step only.
+    """
+    settings, layers = model.method_settings, mlae_layers(model)
+    started = any(layer.lora_B.any() for layer in layers)
+    if layers[0].lora_A.grad is None or not started:
+        return
+    order = torch.rand(2, len(layers), settings["rank"], device="cpu").argsort(-1)
+    active = (order < settings["active_ranks"]).to(layers[0].lora_A.device)  # (2, layers, rank)
+    active_A, active_B = active[0], active[settings["variant"] - 1]
+    for layer, rows, columns in zip(layers, active_A, active_B, strict=True):
+        layer.lora_A.grad *= rows[:, None]
+        layer.lora_B.grad *= columns
+
+
+class MoRLinear(MLAELinear):
+    """Mixture of Ranks (arXiv 2410.13408): N experts that differ in the scales of a shared LoRA.
+
+        y = x W^T + b + sum_i g_i lB_i * (B (lA_i * (A x)))        g = softmax(router x)
+
+    for every token, with rows lA_i of `scale_A` (N, rank) and lB_i of `scale_B` (N, out). alpha is
+    the rank; no loss balances the experts. The start of the scales is not published: here they are
+    1, with noise on lA, without which all experts would stay the same.
+    """
+
+    def __init__(
+        self, in_features, out_features, bias=True, *, rank=8, num_experts=8, **place
+    ) -> None:
+        super().__init__(in_features, out_features, bias, rank=rank, mask_prob=0.0, **place)
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, not {num_experts}")
+        del self.lora_lambda, self.expert_mask  # of MLAELinear, which made the factors
+        like = {"device": self.lora_A.device, "dtype": self.lora_A.dtype}
+        self.scale_A = nn.Parameter(self.lora_A.new_empty(num_experts, rank).normal_(1, 0.02))
+        self.scale_B = nn.Parameter(self.lora_A.new_ones(num_experts, out_features))
+        self.router = nn.Linear(in_features, num_experts, bias=False, **like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)  # (..., out)
+        x = x.to(self.lora_A.dtype)
+        gates = self.router(x).softmax(-1)  # (..., N)
+        h = gates.unsqueeze(-1) * F.linear(x, self.lora_A).unsqueeze(-2)  # (..., N, rank)
+        experts = self.scale_A.unsqueeze(-1) * self._full_B().T  # (N, rank, out)
+        experts = experts * self.scale_B.unsqueeze(1)
+        return y + (h.flatten(-2) @ experts.flatten(0, 1)).to(y.dtype)
+
+    def _fold_onto(self, weight: Tensor) -> Tensor:
+        raise TypeError("a mixture of ranks has no one update to merge: it depends on the input")
+
+
+def snella_plan(num_layers: int, settings: dict) -> list[dict]:
+    """Every layer of SNELLA starts at `start_sparsity`; `sparsity` is for `reallocate`."""
+    if not 0 <= settings["sparsity"] < 1:
+        raise ValueError(f"sparsity must be in [0, 1), not {settings['sparsity']}")
+    shared = {"rank": settings["rank"], "gate": settings["gate"], "adaptive": True}
+    return [shared | {"sparsity": settings["start_sparsity"]}] * num_layers
+
+
+def adapter_size(method: str, sizes: Sequence[tuple[int, int]], **settings) -> int:
+    """How many parameters a method trains in layers of these (in_features, out_features)."""
+    row, count = METHODS[method], 0
+    plan = row.plan(len(sizes), row.own(settings))
+    for (inputs, outputs), keywords in zip(sizes, plan, strict=True):
+        layer = row.layer(inputs, outputs, device="meta", **keywords)
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad and name not in row.fixed:
+                count += parameter.numel()
+    return count
+
+
+def nearest_rank(method: str, sizes: Sequence[tuple[int, int]], budget: int, **settings) -> int:
+    """The rank at which `adapter_size` comes nearest to a number of parameters.
+
+    Raises ValueError for a method that has no rank, or no layers.
+    """
+    if "rank" not in METHODS[method].settings or not sizes:
+        raise ValueError(f"{method} has no rank to choose")
+    off = {}  # rank -> how far it is from the budget
+    for rank in itertools.count(1):
+        try:
+            off[rank] = adapter_size(method, sizes, **settings, rank=rank) - budget
+        except ValueError:
+            if rank % 2 == 0:  # a kernel refuses odd ranks; another setting is wrong
+                raise
+        if off.get(rank, -1) >= 0:
+            break
+    return min(off, key=lambda rank: abs(off[rank]))
+
+
+ALL_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 METHODS: dict[str, Method] = {
     "mlae": Method(
         trains="masked rank-1 experts (Wang et al. 2024)",
@@ -182,6 +299,44 @@ METHODS: dict[str, Method] = {
         plan=lora_plan,
         fixed=("lora_lambda",),
     ),
+    "rmlora": Method(
+        trains="RM-LoRA (Mao et al. 2024)",
+        layer=MLAELinear,
+        settings={
+            "rank": 8,
+            "coef_init": 4.0,
+            "penalty_weight": 0.1,
+            "active_ranks": 4,
+            "variant": 2,
+        },
+        plan=rmlora_plan,
+        fixed=("lora_lambda",),
+        penalty=lambda model: model.method_settings["penalty_weight"] * orthogonality(model),
+        before_step=mask_gradients,
+    ),
+    "mor": Method(
+        trains="mixture of ranks (2024)",
+        layer=MoRLinear,
+        settings={"rank": 8, "num_experts": 8},
+        targets=("mlp.fc1", "mlp.fc2"),
+        mergeable=False,
+    ),
+    "snell": Method(
+        trains="sparse kernel tuning (Shen et al. 2024)",
+        layer=SNELLLinear,
+        settings={"rank": 32, "sparsity": 0.9, "gate": "code"},
+        targets=ALL_LINEARS,
+    ),
+    "snella": Method(
+        trains="SNELL with adaptive sparsity (2025)",
+        layer=SNELLLinear,
+        settings={"rank": 32, "sparsity": 0.8, "start_sparsity": 0.01, "gate": "code"},
+        plan=snella_plan,
+        targets=ALL_LINEARS,
+        before_step=reallocate,
+    ),
+    "bitfit": Method(trains="every bias", thaws=lambda name: name.endswith("bias")),
+    "layernorm": Method(trains="the norms' scales and shifts", thaws=lambda name: "norm" in name),
     "linear": Method(
         trains="nothing: a linear probe",
         recipe={"drop_path": 0.0},  # it would be noise in a backbone that nothing adapts

@@ -43,8 +43,8 @@ def nano():
         net = models.create("vit_nano", 10, **{"pretrained": False, **kwargs})
         for layer in models.adapters(net).values():
             torch.nn.init.normal_(layer.lora_B, std=0.1)
-            with torch.no_grad():
-                layer.lora_B *= layer.expert_mask
+            if hasattr(layer, "expert_mask"):
+                layer.lora_B.data *= layer.expert_mask
         return net
 
     return make

@@ -18,7 +18,8 @@ def test_a_row_tells_what_trains(method):
     net = models.create("vit_nano", 10, pretrained=False, method=method)
     assert net.method == method and net.method_settings == METHODS[method].settings
     layers = models.adapters(net)
-    assert len(layers) == (6 if METHODS[method].layer else 0)
+    targets = METHODS[method].targets if METHODS[method].layer else ()
+    assert len(layers) == 6 * len(targets)
     for layer in layers.values():
         for name in METHODS[method].fixed:
             assert not getattr(layer, name).requires_grad

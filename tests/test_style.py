@@ -19,6 +19,7 @@ NO_CODE = {
     tokenize.ENDMARKER,
 }
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+FORMULAS = {"mlae.py": 12.6, "snell.py": 11.5}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -56,7 +57,7 @@ def test_the_measure_itself():
 def test_a_script_is_short_and_not_dense(script):
     source = script.read_text()
     tokens, lines = code(source)
-    assert tokens / lines <= (12.6 if script.name == "mlae.py" else 10.5)
+    assert tokens / lines <= FORMULAS.get(script.name, 10.5)
     assert not nested(source)
     assert source.count("\n") <= 350
     assert max(map(len, source.splitlines())) <= 100
@@ -65,11 +66,11 @@ def test_a_script_is_short_and_not_dense(script):
 def test_the_reading_path_is_short():
     path = [(ROOT / name).read_text() for name in ("mlae.py", "model.py", "train.py")]
     assert sum(code(source)[0] for source in path) <= 5500
-    assert len(SCRIPTS) <= 18
+    assert len(SCRIPTS) <= 19
 
 
 # who may import whom: a script imports only from those above it
-ROOMS = """flags mlae baselines files backbone model splits images originals sources runs data table
+ROOMS = """flags mlae snell baselines files backbone model splits images originals sources runs data table
 eval train suite plot bench""".split()
 
 
