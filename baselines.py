@@ -76,7 +76,7 @@ class Method:
         """What sets runs of this row apart from others under the same name: a layer of one's own,
         another version; nothing for the rows of this file."""
         own = {}
-        if self.layer and self.layer.__module__ not in ("mlae", __name__):
+        if self.layer and self.layer.__module__ not in ("mlae", "snell", __name__):
             own["layer"] = f"{self.layer.__module__}.{self.layer.__qualname__}"
         if self.version != 1:
             own["version"] = self.version

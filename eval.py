@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import data
 import model as models
-from backbone import count_parameters, eval_mode, weights_of
-from baselines import METHODS
+from backbone import ModelError, count_parameters, create_backbone, eval_mode, weights_of
+from baselines import METHODS, adapter_size, nearest_rank
 from files import NUMBER, RunError, check_shape, read_json
 from flags import AMP, DEVICES, WHOLE, Parser
 from runs import autocast, one_line, pick_device
@@ -85,6 +85,27 @@ def create_model(args: argparse.Namespace) -> nn.Module:
         targets=args.targets,
         **own,
     )
+
+
+def rank_within(args: argparse.Namespace) -> int:
+    """The rank at which a run's adapters come nearest to args.budget parameters, head not counted.
+
+    Raises ModelError for a method without a rank.
+    """
+    plain = create_backbone(args.model, 1, pretrained=False, img_size=args.img_size)
+    sizes = []
+    for name, rows in models.find_layers(plain, args.targets).items():
+        linear = plain.get_submodule(name)
+        sizes.append((linear.in_features, len(rows) if rows else linear.out_features))
+    names = METHODS[args.method].settings.keys() - {"rank"}
+    settings = {name: getattr(args, name) for name in names}
+    try:
+        rank = nearest_rank(args.method, sizes, args.budget, **settings)
+    except ValueError as error:
+        raise ModelError(f"--budget: {error}") from error
+    count = adapter_size(args.method, sizes, rank=rank, **settings)
+    print(f"--budget {args.budget:,}: rank {rank} is nearest, with {count:,} parameters")
+    return rank
 
 
 def create_normalizer(

@@ -59,6 +59,16 @@ COUNT = number(int, 1, 2**31, "1 or more")
 WHOLE = number(int, 0, 2**31, f"from 0 to {2**31 - 1}")
 FRACTION = number(float, 0, 1, "in [0, 1)")
 POSITIVE = number(float, math.ulp(0.0), math.inf, "above 0")
+SIZE = number(float, 0, math.inf, "0 or more")
+
+
+def amount(text: str) -> int:
+    """A flag's type: a whole number, or one like 0.3M or 50K."""
+    factor = {"k": 1e3, "m": 1e6}.get(text[-1:].lower(), 1)
+    count = round(float(text if factor == 1 else text[:-1]) * factor)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return count
 
 
 def add_flags(group: Callable[[str], Callable]) -> None:
@@ -78,11 +88,16 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--no-pretrained", action="store_true", help="start from random weights")
 
     flag = group("method")
-    flag("--method", default="mlae", help="a row of METHODS in baselines.py (default: mlae)")
+    names = "mlae, lora, rmlora, mor, snell, snella, bitfit, layernorm, linear or full"
+    flag("--method", default="mlae", help=f"{names} (default: mlae)")
     help_of_targets = "layers to adapt, by name suffix (default: attn.qkv, the paper's)"
     flag("--targets", nargs="+", metavar="PATH", help=help_of_targets)
-    flag("--rank", type=COUNT, help="experts per layer (default: 8; 0.30 M parameters on ViT-B)")
-    flag("--coef-init", type=POSITIVE, help="first lambda; of lora alpha / rank (default: 1)")
+    help_of_ranks = "experts per layer (default: 8, 0.30 M parameters on ViT-B; snell, snella: 32)"
+    flag("--rank", type=COUNT, help=help_of_ranks)
+    help_of_budgets = "take the rank that trains about so many parameters, as in 0.3M"
+    flag("--budget", type=amount, metavar="N", help=help_of_budgets)
+    help_of_factors = "first lambda; of lora and rmlora alpha / rank (default: 1; rmlora: 4)"
+    flag("--coef-init", type=POSITIVE, help=help_of_factors)
 
     flag = group("masking")
     flag("--mask-prob", type=FRACTION, help="masking probability p (default: 0.5, the paper's)")
@@ -92,6 +107,22 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--mask-pattern", dest="pattern", help=f"{help_of_patterns} (default: random)")
     help_of_schedules = "p over training: constant, increase or decrease (default: constant)"
     flag("--mask-schedule", dest="schedule", help=help_of_schedules)
+
+    flag = group("rmlora")
+    flag("--penalty-weight", type=SIZE, help="weight of the orthogonality penalty (default: 0.1)")
+    flag("--active-ranks", type=COUNT, help="ranks of a layer that learn at a step (default: 4)")
+    help_of_variants = "1: the same ranks of A and B learn; 2: drawn apart (default: 2)"
+    flag("--variant", type=int, choices=[1, 2], help=help_of_variants)
+
+    flag = group("mor")
+    flag("--num-experts", type=COUNT, help="experts that share one LoRA (default: 8)")
+
+    flag = group("snell, snella")
+    help_of_sparsity = "share of an update that is dropped; snella: in the end, over all layers"
+    flag("--sparsity", type=FRACTION, help=f"{help_of_sparsity} (default: 0.9; snella: 0.8)")
+    flag("--start-sparsity", type=FRACTION, help="snella: dropped at the start (default: 0.01)")
+    help_of_gates = "code: as the authors run it, paper: as they print it (default: code)"
+    flag("--gate", choices=["code", "paper"], help=help_of_gates)
 
     flag = group("optimisation")
     flag("--epochs", type=COUNT, help="passes over the images (default: 100, as common; digits 20)")
@@ -144,6 +175,10 @@ def suite_parser(manual: str | None = None) -> Parser:
         return flag
 
     add_flags(group)
+    flag = parser.add_argument_group("choosing").add_argument
+    flag("--choose", nargs="+", metavar="FLAG", help="choose these on val200, as in: lr mask-prob")
+    help_of_seeds = "seeds of the search on val200 (default: 0)"
+    flag("--search-seed", nargs="+", type=WHOLE, default=[0], metavar="SEED", help=help_of_seeds)
     flag = parser.add_argument_group("table").add_argument
     flag("--table", metavar="FOLDER", type=Path, help="print the runs in a folder, run nothing")
     flag("--format", choices=FORMATS, default="markdown", help="of the table (default: markdown)")

@@ -2,7 +2,13 @@
 
     python suite.py --dataset vtab --seed 0 1 2              # all 19 tasks (fgvc: 5), three seeds
     python suite.py --method mlae lora --lr 5e-4 1e-3 2e-3   # every combination, on the demo
+    python suite.py --method mlae lora --lr 4e-3 8e-3 --choose lr --seed 0 1 2   # tuned alike
     python suite.py --table runs --format markdown           # what is in a folder, as one table
+
+With --choose, every value of those flags is tried first: trained on 800 images and scored on
+val200, for each task, method and other setting by itself. The best mean is chosen, of equals the
+smaller value, and <out>/search.csv has all of it. Only then do the seeds run on the 1000 images, and
+are tested.
 
 It takes train.py's flags, each with one value or several, and runs their product in this process;
 `--targets attn.qkv attn.qkv,mlp.fc1` are two values. What is finished is skipped, and what was
@@ -12,8 +18,13 @@ interrupted goes on. Tasks whose data are missing are named at the end. The last
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from flags import suite_parser
 
@@ -23,6 +34,7 @@ if __name__ == "__main__":
 import data
 import train
 from baselines import METHODS
+from files import whole
 from runs import Diverged, RunError, collect, one_line
 from table import rows_of, summary, tabulate
 
@@ -31,6 +43,8 @@ def combinations(args: argparse.Namespace) -> list[argparse.Namespace]:
     """The settled arguments of every run: the product of all values, each run once."""
     values = {}
     for name, value in vars(args).items():
+        if name in ("choose", "search_seed"):
+            continue
         values[name] = value if isinstance(value, list) else [value]
     tasks = []
     for name in values["dataset"]:
@@ -47,20 +61,119 @@ def combinations(args: argparse.Namespace) -> list[argparse.Namespace]:
     return list(runs.values())
 
 
-def run_all(runs: list) -> tuple[list, dict]:
-    """Run them, each result printed; returns the results, and why a task or run is left out."""
+def run_all(runs: list, done: Callable = lambda run, metrics: None) -> tuple[list, dict]:
+    """Run them, each result printed and given to `done`; returns the results, and why a task or run
+    is left out."""
     results, left_out = [], {}
     for args in runs:
         if args.dataset in left_out:
             continue
         try:
-            results.append(train.run(args))
-            print(json.dumps(results[-1]), flush=True)
+            metrics = train.run(args)
         except data.DataError as error:
             left_out[args.dataset] = str(error)
         except Diverged as error:
             left_out[f"{args.dataset}, seed {args.seed}"] = str(error)
+        else:
+            results.append(metrics)
+            print(json.dumps(metrics), flush=True)
+            done(args, metrics)
     return results, left_out
+
+
+@dataclass
+class Trial:
+    """Settings that --choose tries: the arguments of one run without seed, top-1 on val200 (%) by
+    seed, and the runs' folders."""
+
+    arguments: dict
+    top1: dict[int, float]
+    folders: dict[int, str]
+
+    def mean(self) -> float:
+        return statistics.mean(self.top1.values())
+
+    def show(self, names: list[str]) -> str:
+        """For example "lr=0.001"."""
+        return " ".join(f"{name}={self.arguments[name]}" for name in names)
+
+
+def search(args: argparse.Namespace) -> tuple[list, dict]:
+    """Try the values of the flags in args.choose on val200, and choose.
+
+    Returns the runs with what was chosen on the 1000 images, one for each seed, and why tasks or
+    runs are left out. The choice is on disk before it returns.
+    """
+    names = chosen_flags(args)
+    path = Path(args.out, "search.csv")
+    trials: dict[str, Trial] = {}
+
+    def note(run: argparse.Namespace, metrics: dict) -> None:
+        arguments = {name: value for name, value in vars(run).items() if name != "seed"}
+        key = json.dumps(arguments, sort_keys=True)
+        trial = trials.setdefault(key, Trial(arguments, {}, {}))
+        trial.top1[run.seed] = metrics["val_top1"]
+        trial.folders[run.seed] = metrics["run"]
+        write_search(path, names, list(trials.values()), [])
+
+    every = argparse.Namespace(**vars(args))
+    every.val, every.seed = True, args.search_seed
+    _, left_out = run_all(combinations(every), note)
+    best = choose(list(trials.values()), names)
+    if best:
+        write_search(path, names, list(trials.values()), best)
+    runs = []
+    for trial in best:
+        for seed in args.seed if isinstance(args.seed, list) else [args.seed]:
+            runs.append(argparse.Namespace(**trial.arguments | {"seed": seed, "val": False}))
+    return runs, left_out
+
+
+def chosen_flags(args: argparse.Namespace) -> list[str]:
+    """The names of the flags in args.choose; RunError for one that has not several values."""
+    names = [name.lstrip("-").replace("-", "_") for name in args.choose]
+    for name in names:
+        values = getattr(args, name, None)
+        if not isinstance(values, list) or len(values) < 2 or name in ("dataset", "method", "seed"):
+            flag = name.replace("_", "-")
+            raise RunError(f"--choose {flag}: give --{flag} several values to choose from")
+    if args.val:
+        raise RunError("--choose scores val200 by itself: leave --val out")
+    return names
+
+
+def choose(trials: list[Trial], names: list[str]) -> list[Trial]:
+    """The trial with the best mean of each task, method and other setting, of equals the one with
+    the smaller values; says what was chosen from what."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        others = {name: value for name, value in trial.arguments.items() if name not in names}
+        groups.setdefault(json.dumps(others, sort_keys=True), []).append(trial)
+    best = []
+    for rivals in groups.values():
+        rivals.sort(key=lambda trial: [trial.arguments[name] for name in names])
+        best.append(max(rivals, key=Trial.mean))  # the first of equals
+        task, method = best[-1].arguments["dataset"], best[-1].arguments["method"]
+        tried = [f"{trial.show(names)} {trial.mean():.2f}" for trial in rivals]
+        print(f"chosen on val200, {method} on {task}: {best[-1].show(names)} of {', '.join(tried)}")
+        for name in names:
+            tried = [trial.arguments[name] for trial in rivals]
+            if best[-1].arguments[name] in (min(tried), max(tried)) and min(tried) < max(tried):
+                print(f"note: that is the smallest or largest {name}: try more values")
+    return best
+
+
+def write_search(path: Path, names: list[str], trials: list[Trial], best: list[Trial]) -> None:
+    """search.csv: a line for each run on val200, and whether its settings were chosen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as draft, open(draft, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["dataset", "method", *names, "seed", "val_top1", "chosen", "run"])
+        for trial in trials:
+            settings = [trial.arguments[name] for name in ("dataset", "method", *names)]
+            for seed, top1 in trial.top1.items():
+                chosen = int(trial in best)
+                writer.writerow([*settings, seed, top1, chosen, trial.folders[seed]])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,13 +188,19 @@ def main(argv: list[str] | None = None) -> None:
             print(tabulate(rows_of(known), form))
             return
         args.resume = None  # what was interrupted goes on, what was not starts
-        metrics, left_out = run_all(combinations(args))
-        for name, reason in left_out.items():
+        names, left_out = [], {}
+        if args.choose:
+            names = chosen_flags(args)
+            runs, left_out = search(args)
+        else:
+            runs = combinations(args)
+        metrics, more = run_all(runs)
+        for name, reason in (left_out | more).items():
             print(f"left out: {name}: {reason}")
         if not metrics:
             raise RunError("--dataset: not one of these runs was possible; see above")
         folders = [result["run"] for result in metrics]
-        rows = rows_of(collect(*folders, tasks=data.TASKS, methods=METHODS))
+        rows = rows_of(collect(*folders, tasks=data.TASKS, methods=METHODS), chosen=names)
         print(tabulate(rows, form))
         print(json.dumps({"rows": list(map(summary, rows))}))
 

@@ -10,7 +10,8 @@ import csv
 import io
 import json
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import data
@@ -27,7 +28,7 @@ class Row:
     """A cell of the table: one configuration on one task, or its mean over tasks.
 
     `top1` is in percent over n seeds, `std` their sample standard deviation. `official`: all data
-    are the benchmark's own, and of a mean `tasks` of `of` tasks are there with the same seeds.
+    are the benchmark's own, `chosen` has the settings that were chosen on val200, and of a mean `tasks` of `of` tasks are there with the same seeds.
     """
 
     group: str
@@ -44,19 +45,21 @@ class Row:
     split: str = ""
     method: str = ""
     configuration: str = ""
+    chosen: dict = field(default_factory=dict)
 
 
-def rows_of(results: list[Result]) -> list[Row]:
+def rows_of(results: list[Result], chosen: Sequence[str] = ()) -> list[Row]:
     """A row for each task and configuration, and for each mean of tasks.
 
-    Runs are of one configuration if their identities differ in task and seed alone.
+    Runs are of one configuration if their identities differ in task and seed alone, and in the
+    settings that were `chosen` for each task.
     """
     tables: dict[tuple, dict] = {}  # (benchmark, split, settings) -> task -> seed -> result
     arguments = {}  # settings -> all arguments of one of its runs
     for result in results:
         settings = {"model": result.metrics["model"]}  # with its weights
         for name, value in result.identity.items():
-            if name not in ("dataset", "seed", "val", "checkpoint", "model"):
+            if name not in ("dataset", "seed", "val", "checkpoint", "model", *chosen):
                 settings[name] = value
         task = data.TASKS[result.metrics["dataset"]]
         key = task.benchmark, result.split, json.dumps(settings, sort_keys=True)
@@ -70,12 +73,16 @@ def rows_of(results: list[Result]) -> list[Row]:
     for key, found in tables.items():
         benchmark, split, _ = key
         rivals = [json.loads(other[2]) for other in tables if other[:2] == key[:2]]
+        settings = arguments[key]
         means = mean_rows(benchmark, found) if key[:2] in with_means else []
         for row in task_rows(benchmark, found) + means:
-            row.benchmark, row.split = benchmark, split
-            settings = arguments[key]
+            row.benchmark = benchmark
+            row.split = split
             row.method = settings["method"]
             row.configuration = label(settings, rivals)
+            if row.of == 1:
+                run = next(iter(found[row.task].values()))
+                row.chosen = {name: run.arguments[name] for name in chosen}
             rows.append(row)
     return rows
 
@@ -220,6 +227,10 @@ def notes(rows: list[Row]) -> str:
     for row in rows:
         if row.of == 1:
             lines[f"{row.task}: {row.data}"] = True
+    for row in rows:
+        if row.chosen:
+            words = ", ".join(f"{name} {value}" for name, value in row.chosen.items())
+            lines[f"{row.task}, {row.configuration}: {words} chosen on val200"] = True
     if any(row.of == 1 and not row.official for row in rows):
         name = rows[0].benchmark
         lines[f"* a subset of {name} or not its official images; in no mean."] = True
@@ -290,5 +301,5 @@ def summary(row: Row) -> dict:
     """A row under the names of metrics.json."""
     top1 = f"{row.split}_top1"
     own = {"dataset": row.task, "method": row.method, "configuration": row.configuration}
-    own |= {"seeds": row.seeds, "n": row.n, "official": row.official}
+    own |= {"chosen": row.chosen, "seeds": row.seeds, "n": row.n, "official": row.official}
     return own | {top1: row.top1, f"{top1}_std": row.std}

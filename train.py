@@ -40,7 +40,7 @@ from backbone import (
     weights_of,
 )
 from baselines import METHODS
-from eval import create_model, create_normalizer, evaluate, load_data
+from eval import create_model, create_normalizer, evaluate, load_data, rank_within
 from files import RunError, whole, write_json, write_log
 from model import adapter_state, check_gradients, find_method, save_adapter
 from runs import (
@@ -254,6 +254,8 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
             setattr(args, name, value)
     method.complete(args)
     args.img_size = args.img_size or input_size(args.model)
+    if args.budget:
+        args.rank, args.budget = rank_within(args), None  # the rank is what the run is
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 10
     if not 0 <= args.warmup_epochs < args.epochs:
