@@ -275,6 +275,7 @@ def nearest_rank(method: str, sizes: Sequence[tuple[int, int]], budget: int, **s
     return min(off, key=lambda rank: abs(off[rank]))
 
 
+MAIN = "mlae"  # the method that the rest is compared with
 ALL_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 METHODS: dict[str, Method] = {
     "mlae": Method(

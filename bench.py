@@ -15,7 +15,6 @@ counts products, recomputed ones too. Weights are random. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import statistics
@@ -23,7 +22,8 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.metadata import version
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,7 +37,7 @@ import data
 import model as models
 import runs
 from backbone import ModelError, create_backbone, input_size, parameter_groups, recompute_blocks
-from baselines import METHODS
+from baselines import MAIN, METHODS, Method
 from flags import AMP, COUNT, DEVICES, FRACTION, WHOLE, Parser
 from plot import draw_sweeps
 from runs import RunError
@@ -46,10 +46,10 @@ from train import train_step
 
 CLASSES = 100
 PEERS = ("peft", "loralib")
-SCORING = ("eval plain", "eval mlae", "eval merged")
+SCORING = ("eval plain", f"eval {MAIN}", "eval merged")
 KNOWN = [*METHODS, "floor", "two-branch", *PEERS, *SCORING]
-DEFAULT = ["floor", "mlae", "two-branch", *PEERS, "full", *SCORING]
-OTHERS = ("floor", "mlae", "peft", "eval plain")  # what ratios are over
+DEFAULT = ["floor", *METHODS, "two-branch", *PEERS, *SCORING]
+OTHERS = ("floor", MAIN, "peft", "eval plain")  # what ratios are over
 # method+option is one more method, so that it takes its turn too
 OPTIONS = {"compile": {"compile": True}, "bf16": {"amp": "bf16"}, "fp16": {"amp": "fp16"}}
 OPTIONS |= {"grad-checkpoint": {"grad_checkpoint": True}, "accumulate4": {"accumulate": 4}}
@@ -63,8 +63,8 @@ def build(method: str, args: argparse.Namespace) -> nn.Module:
     own = {"rank": args.rank, "mask_prob": args.mask_prob, "targets": args.targets}
     if method in METHODS:
         return models.create(args.model, CLASSES, method=method, **size, **own)
-    if method in ("two-branch", "eval mlae", "eval merged"):
-        net = models.create(args.model, CLASSES, method="mlae", **size, **own)
+    if method in ("two-branch", f"eval {MAIN}", "eval merged"):
+        net = models.create(args.model, CLASSES, method=MAIN, **size, **own)
         for layer in models.adapters(net).values():
             if method == "two-branch":
                 layer.forward = partial(two_branch, layer)
@@ -81,7 +81,7 @@ def build(method: str, args: argparse.Namespace) -> nn.Module:
     layers = models.find_layers(net, args.targets)
     if any(rows is not None for rows in layers.values()):
         raise ModelError(f"--methods {method}: it adapts whole layers, so --targets attn.qkv")
-    library = importlib.import_module(method)
+    library = import_module(method)
     if method == "peft":
         head = [p for p in net.parameters() if p.requires_grad]
         config = library.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(layers))
@@ -139,7 +139,7 @@ def stepper(method: str, args, device, images: Tensor):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     options = {"normalize": normalize, "scaler": scaler, "amp": amp, "progress": 0.5}
     options |= {"accumulate": args.accumulate, "label_smoothing": 0.0}
-    options["method"] = METHODS.get(method, METHODS["linear"])  # whose hooks do nothing
+    options["method"] = METHODS.get(method, Method(trains=method))  # whose hooks do nothing
 
     def step():
         batch = draw()
@@ -216,8 +216,8 @@ def memory(method: str, args: argparse.Namespace) -> int | None:
 
 def peak_of(method: str, args):
     for name in PEERS:  # in every process, else theirs would be larger by their libraries
-        if importlib.util.find_spec(name):
-            importlib.import_module(name)
+        if find_spec(name):
+            import_module(name)
     device = runs.pick_device(args.device)
     shape = args.images, 3, args.img_size, args.img_size
     images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
@@ -237,8 +237,8 @@ def show(rows: list[dict]) -> None:
         line = [row["method"], f"{1e3 * row['seconds']:.1f}", f"{row['images_per_s']:.1f}"]
         for other in others:
             if f"over {other}" in row:
-                low, median, high = row[f"over {other}"]
-                line.append(f"{median:.3f} ({low:.3f}-{high:.3f})")
+                ratio = row[f"over {other}"]
+                line.append("{1:.3f} ({0:.3f}-{2:.3f})".format(*ratio))
             else:
                 line.append("-")
         mfu = f"{100 * row['mfu']:.1f}" if row["mfu"] else "-"
@@ -278,7 +278,7 @@ def check_methods(methods: list[str]) -> None:
         if name not in KNOWN or not set(options) <= set(OPTIONS):
             extra = f"each with +{', +'.join(OPTIONS)}"
             raise RunError(f"--methods {method!r}: there are {', '.join(KNOWN)}, {extra}")
-        if name in PEERS and importlib.util.find_spec(name) is None:
+        if name in PEERS and find_spec(name) is None:
             raise RunError(f"--methods {name}: pip install {name}")
         if name.startswith("eval ") and {"accumulate4", "grad-checkpoint"} & set(options):
             raise RunError(f"--methods {method!r}: scoring has no backward pass")
@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
         check_methods(args.methods or [])
         if args.plot and not args.sweep:
             raise RunError("--plot draws a --sweep: name a flag and its values")
-        absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
+        absent = [name for name in PEERS if find_spec(name) is None]
         if absent and not args.methods:
             print(f"not installed, so left out: {', '.join(absent)}")
         args.methods = args.methods or [name for name in DEFAULT if name not in absent]
@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, torch.OutOfMemoryError) as error:
             raise RunError(str(error).splitlines()[0]) from error
         machine = runs.provenance(device) | {"amp": runs.resolve_amp(args.amp, device)}
-        peers = {name: version(name) for name in PEERS if name not in absent}
+        peers = {name: metadata.version(name) for name in PEERS if name not in absent}
         machine |= {"threads": torch.get_num_threads(), "peers": peers}
         print(json.dumps({"arguments": vars(args), "machine": machine, "sweeps": sweeps}))
         if args.plot:

@@ -32,7 +32,7 @@ from backbone import (
     match,
     uncalled,
 )
-from baselines import METHODS, Method
+from baselines import MAIN, METHODS, Method
 from files import read_adapter
 
 
@@ -40,7 +40,7 @@ def create(
     name: str,
     num_classes: int,
     *,
-    method: str = "mlae",
+    method: str = MAIN,
     pretrained: bool = True,
     checkpoint: str | os.PathLike | None = None,
     img_size: int | None = None,
@@ -84,7 +84,7 @@ def inject(
     model: nn.Module,
     targets: Sequence[str] = ("attn.qkv",),
     *,
-    method: str = "mlae",
+    method: str = MAIN,
     head: str | Sequence[str] | None = None,
     **settings,
 ) -> list[str]:

@@ -59,7 +59,8 @@ def draw_sweeps(sweeps: list[tuple], path: Path) -> None:
     """A column of plots for each of bench.py's sweeps: time of a step, and peak memory.
 
     sweeps: [(flag, [(value, rows of one measurement), ...]), ...]. Time is over the floor's if that
-    was measured; where no memory was measured there is no such plot. Raises RunError for a bad file, before anything is drawn.
+    was measured; where no memory was measured there is no such plot. Raises RunError for a bad
+    file, before anything is drawn.
     """
     check_file(path)
     with_memory = has_memory(sweeps)
@@ -80,7 +81,8 @@ def draw_sweeps(sweeps: list[tuple], path: Path) -> None:
             if over_floor:
                 times = [row["over floor"][1] for row in rows]
             # see-through, so that a line on top of another hides nothing; whole at the border
-            looks = {"alpha": 0.7, "clip_on": False, "markersize": 5}
+            looks = {"alpha": 0.7, "clip_on": False}
+            looks["markersize"] = 5
             words = method
             if method == "floor":
                 words = "floor: frozen backbone, head trained"
@@ -157,7 +159,8 @@ def draw_method(path: Path) -> None:
     """What masking does: a frozen weight and six experts at two steps, in scoring and merged."""
     figure, axes = new_figure(1, 1, (7.2, 3.7))
     axis = axes[0, 0]
-    axis.set(xlim=(-2.6, 9.4), ylim=(-5.6, 1.6), aspect="equal")
+    axis.set(xlim=(-2.6, 9.4), ylim=(-5.6, 1.6))
+    axis.set_aspect("equal")
     axis.axis("off")
     lines = {  # the words before a line, and which experts act
         "a training step": "101100",

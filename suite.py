@@ -7,8 +7,8 @@
 
 With --choose, every value of those flags is tried first: trained on 800 images and scored on
 val200, for each task, method and other setting by itself. The best mean is chosen, of equals the
-smaller value, and <out>/search.csv has all of it. Only then do the seeds run on the 1000 images, and
-are tested.
+smaller value, and <out>/search.csv has all of it. Only then do the seeds run on the 1000 images,
+and are tested.
 
 It takes train.py's flags, each with one value or several, and runs their product in this process;
 `--targets attn.qkv attn.qkv,mlp.fc1` are two values. What is finished is skipped, and what was

@@ -1,7 +1,9 @@
 """The table of what has been run: means over seeds, tasks and groups, beside published results.
 
-rows = rows_of(collect("runs", tasks=data.TASKS, methods=METHODS))
-print(tabulate(rows, "latex"))
+    rows = rows_of(collect("runs", tasks=data.TASKS, methods=METHODS))
+    print(tabulate(rows, "latex"))
+
+A mean over tasks counts official data alone, and every task has the same seeds in it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class Row:
     """A cell of the table: one configuration on one task, or its mean over tasks.
 
     `top1` is in percent over n seeds, `std` their sample standard deviation. `official`: all data
-    are the benchmark's own, `chosen` has the settings that were chosen on val200, and of a mean `tasks` of `of` tasks are there with the same seeds.
+    are the benchmark's own, and of a mean `tasks` of `of` tasks are there with the same seeds.
+    `chosen`: the settings that were chosen on val200.
     """
 
     group: str

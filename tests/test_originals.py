@@ -482,7 +482,7 @@ def test_sun397_folder(tmp_path, monkeypatch, made_up):
         asked.append(sorted(keys))
         return {"train": ([names[2], names[0]], [1, 0])}.get(name, ([names[1]], [1]))
 
-    monkeypatch.setattr(splits, "sun397_split", split)
+    monkeypatch.setattr(originals, "sun397_split", split)
     counts = {"train": 2, "validation": 1, "test": 1}
     small(monkeypatch, "sun397", counts, ("train", 0, 2), ("validation", 0, 1), ("test", 0, 1))
     (train, labels), (val, _), _ = cut("sun397", tmp_path)
