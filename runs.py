@@ -51,6 +51,10 @@ except ImportError:  # Windows
 ALWAYS = ("dataset", "method", "model", "epochs", "seed")  # in every identity, default or not
 SHORT = {"mask_prob": "p", "rank": "r", "lr": "lr"}  # shown in the folder's name if not default
 
+GOES_ON = {  # how an interrupted script goes on
+    "train.py": ": the same command with --resume goes on",
+    "suite.py": ": the same command goes on",
+}
 # what the files of a run must hold, for those that read them
 CONFIG = {"arguments": {"method": str}, "identity": {"method": str}}
 METRICS = {"dataset": str, "model": str, "data": str, "official": bool, "seed": range(2**31)}
@@ -101,7 +105,7 @@ def one_line(script: str) -> Iterator[None]:
         discard_output()
         complain(script, f"{error.filename or 'standard output'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print("interrupted: the same command with --resume goes on", file=sys.stderr)
+        print(f"interrupted{GOES_ON.get(script, '')}", file=sys.stderr)
         sys.exit(130)
 
 

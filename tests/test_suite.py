@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_lists
+from conftest import stop_after, write_lists
 
 import data
 import flags
@@ -14,6 +14,8 @@ import splits
 import suite
 import table as table_of_runs
 import train
+from backbone import ModelError
+from baselines import METHODS
 
 
 @pytest.fixture
@@ -311,3 +313,119 @@ def test_tables_of_nothing_or_of_damaged_runs(tmp_path, capsys):
     out, err = tabulated(capsys, tmp_path / "runs")
     assert table(out)["mlae"] == ["60.00 (1)"] and err.count("\n") == 2
     assert "mlae on a_new_task is unknown here" in err
+
+
+CHOOSE = [*SMALL, "--lr", "1e-3", "8e-3", "1e30", "--choose", "lr", "--seed", "3", "4"]
+
+
+def test_choosing_on_val200_and_no_look_at_the_test_before(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load, splits_read = train.load_data, []
+
+    def watched(args):
+        splits_read.append("val" if args.val else "test")
+        if not args.val:  # the choice is on disk
+            chosen = [row["chosen"] for row in search()]
+            assert chosen.count("1") == 4  # two methods, two seeds
+        return load(args)
+
+    def search():
+        with open("runs/search.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    monkeypatch.setattr(train, "load_data", watched)
+    words = [*CHOOSE, "--method", "mlae", "lora", "--epochs", "2", "--search-seed", "0", "1"]
+    out = call(capsys, *words)
+    assert splits_read == ["val"] * 12 + ["test"] * 4
+    rows = search()
+    assert [row["method"] for row in rows] == ["mlae"] * 4 + ["lora"] * 4  # 1e30 diverged
+    means = {}
+    for row in rows:
+        means.setdefault((row["method"], row["lr"]), []).append(float(row["val_top1"]))
+        metrics = json.loads(Path(row["run"], "metrics.json").read_text())
+        assert metrics["val_top1"] == float(row["val_top1"]) and metrics["seed"] == int(row["seed"])
+    for method in ("mlae", "lora"):
+        small, large = np.mean(means[method, "0.001"]), np.mean(means[method, "0.008"])
+        best = "0.001" if small >= large else "0.008"
+        assert {row["lr"] for row in rows if row["method"] == method and row["chosen"] == "1"} == {
+            best
+        }
+        assert f"chosen on val200, {method} on digits: lr={best} of lr=0.001 {small:.2f}" in out
+    assert out.count("note: that is the smallest or largest lr: try more values") == 2
+    last = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["chosen"] for row in last] == [{"lr": 0.008}] * 2
+    assert all(row["seeds"] == [3, 4] and row["configuration"] == row["method"] for row in last)
+    before = Path("runs/search.csv").read_text()
+    monkeypatch.setattr(train, "load_data", load)
+    monkeypatch.setattr(train, "create_model", None)  # nothing trains again
+    diverging = [word for word in words if word != "1e30"]
+    again = call(capsys, *diverging)
+    assert Path("runs/search.csv").read_text() == before
+    assert again.splitlines()[-1] == out.splitlines()[-1]
+
+
+def test_an_interrupted_search_chooses_the_same(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL, "--lr", "1e-3", "8e-3", "--choose", "lr", "--epochs", "2"]
+    whole = call(capsys, *words, "--out", "whole").splitlines()[-1]
+    stop_after(monkeypatch, 1)
+    with pytest.raises(SystemExit) as stop:
+        call(capsys, *words, "--out", "parts")
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.endswith("interrupted: the same command goes on\n")
+    assert call(capsys, *words, "--out", "parts").splitlines()[-1] == whole
+    assert len(list(Path("parts/digits").iterdir())) == 3  # two trials and a run
+
+
+def test_of_equals_the_smaller_value_is_chosen(capsys):
+    def trial(lr, rank, *top1):
+        arguments = {"dataset": "dtd", "method": "mlae", "lr": lr, "rank": rank}
+        return suite.Trial(arguments, dict(enumerate(top1)), {})
+
+    trials = [trial(3e-3, 8, 60.0, 62.0), trial(1e-3, 8, 61.0, 61.0), trial(2e-3, 8, 50.0)]
+    trials += [trial(4e-3, 4, 10.0), trial(5e-3, 4, 20.0)]  # another setting
+    assert suite.choose(trials, ["lr"]) == [trials[1], trials[4]]
+    out = capsys.readouterr().out
+    assert "mlae on dtd: lr=0.001 of lr=0.001 61.00, lr=0.002 50.00, lr=0.003 61.00" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--choose", "lr"], "--choose lr: give --lr several values to choose from"),
+        (["--choose", "seed", "--seed", "0", "1"], "--choose seed: give --seed several values"),
+        (["--choose", "no-such"], "--choose no-such: give --no-such several values"),
+        (["--choose", "lr", "--lr", "1e-3", "1e-2", "--val"], "leave --val out"),
+    ],
+)
+def test_what_cannot_be_chosen(tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        suite.main(words)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_a_budget_picks_the_nearest_rank(capsys):
+    args = flags.train_parser().parse_args(["--budget", "20k"])
+    args = train.settle(args)
+    assert args.rank == 9 and args.budget is None  # 6 layers x (96 + 288 + 1) a rank: 20,790
+    assert "--budget 20,000: rank 9 is nearest, with 20,790 parameters" in capsys.readouterr().out
+    with pytest.raises(ModelError, match="--budget: full has no rank to choose"):
+        train.settle(flags.train_parser().parse_args(["--budget", "20k", "--method", "full"]))
+    for text, count in (("0.3M", 300_000), ("50K", 50_000), ("1234", 1234)):
+        assert flags.amount(text) == count
+
+
+def test_the_help_states_the_defaults_of_the_rows():
+    """flags.py tells them in words, baselines.py has them."""
+    text = " ".join(flags.train_parser().format_help().split())
+    for name, row in METHODS.items():
+        assert name in text
+        for setting, usual in row.settings.items():
+            parsed = flags.train_parser().parse_args([])
+            assert getattr(parsed, setting) is None, f"{name}: {setting} has no flag"
+            flag = {"pattern": "mask-pattern", "schedule": "mask-schedule"}.get(setting, setting)
+            own = text.split(f" --{flag.replace('_', '-')} ", 1)[1].split(" --", 1)[0]
+            assert f"{usual:g}" in own if isinstance(usual, float) else str(usual) in own
