@@ -93,7 +93,9 @@ def test_same_seed_same_result_and_another_seed_another(run):
 
 @pytest.mark.parametrize(("at", "amp"), [(1, "off"), (3, "off"), (1, "fp16")])
 def test_resume_goes_on_as_if_nothing_had_happened(run, monkeypatch, at, amp):
-    arguments = ["--epochs", 3, "--drop-path", 0.1, "--mask-schedule", "increase", "--amp", amp]
+    epochs = 2 if amp == "fp16" else 3  # slow on a CPU
+    arguments = ["--epochs", epochs, "--drop-path", 0.1, "--mask-schedule", "increase"]
+    arguments += ["--amp", amp]
     whole = run("--out", "whole", *arguments)
     stop_after(monkeypatch, at)
     with pytest.raises(SystemExit) as stop:
@@ -125,7 +127,7 @@ def test_learning_rates_are_the_formula(run):
 
 def test_folded_and_two_branch_training_coincide(run, monkeypatch):
     """The same masks and starts, so the curves differ by rounding alone, which training amplifies."""
-    arguments = ["--epochs", 6, "--img-size", 28, "--mask-prob", 0.3]
+    arguments = ["--epochs", 3, "--img-size", 28, "--mask-prob", 0.3]
     folded = run("--out", "folded", *arguments)
 
     def two_branch(self, x):
@@ -204,13 +206,13 @@ def test_no_compilation_after_the_first_step(run, monkeypatch):
         "step",
         lambda *a, **k: frames.append(counters["frames"]["total"]) or step(*a, **k),
     )
-    metrics = run("--compile", "--epochs", 3, "--mask-schedule", "increase")
+    metrics = run("--compile", "--epochs", 2, "--mask-schedule", "increase")
     newest = tuple(map(int, torch.__version__.split(".")[:2])) >= (
         2,
         15,
     )  # torch 2.6 looks at a first p of 0 again
-    assert len(frames) == 3 * 16 and len(set(frames)) <= (1 if newest else 2) and frames[0] > 0
-    assert [row["mask_prob"] for row in log(metrics)] == ["0.166667", "0.333333", "0.5"]
+    assert len(frames) == 2 * 16 and len(set(frames)) <= (1 if newest else 2) and frames[0] > 0
+    assert [row["mask_prob"] for row in log(metrics)] == ["0.25", "0.5"]
 
 
 def test_every_method_and_masking(run):
@@ -585,7 +587,7 @@ def test_parts_of_a_batch_bring_the_penalty_once():
 def test_demo_beats_the_linear_probe(run):
     """The README's claim with fewer epochs: the method shows."""
     mlae, linear = (
-        run("--epochs", 10, "--img-size", 28, "--method", method) for method in ("mlae", "linear")
+        run("--epochs", 6, "--img-size", 28, "--method", method) for method in ("mlae", "linear")
     )
     assert mlae["test_top1"] > linear["test_top1"] + 5
 
