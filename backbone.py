@@ -10,7 +10,7 @@ import difflib
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -301,21 +301,22 @@ def weights_of(
     return {"tag": f"{name}.{tag}" if tag else name}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """What trains: matrices with weight decay; vectors, and what timm exempts, without."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, factor: Callable[[str], float] = lambda name: 1.0
+) -> list[dict]:
+    """What trains: matrices with weight decay; vectors, and what timm exempts, without. `factor`
+    is a parameter's learning rate over that of the rest."""
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    matrices, vectors = [], []
+    groups: dict[tuple, list] = {(weight_decay, 1.0): [], (0.0, 1.0): []}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim < 2 or name in exempt:
-            vectors.append(parameter)
-        else:
-            matrices.append(parameter)
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and name not in exempt
+            key = weight_decay if decays else 0.0, factor(name)
+            groups.setdefault(key, []).append(parameter)
+    made = []
+    for (decay, rate), params in groups.items():
+        made.append({"params": params, "weight_decay": decay, "factor": rate})
+    return made
 
 
 def train_mode(model: nn.Module) -> None:

@@ -10,16 +10,17 @@ A new method is one more row. `model.py` adapts, saves and merges models by thes
 from __future__ import annotations
 
 import argparse
-import itertools
+import math
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlae import MLAELinear, fixed_masks, mask_rates, set_mask_prob
+from mlae import MLAELinear, expert_similarity, fixed_masks, mask_rates, set_mask_prob
 from snell import GATES, SNELLLinear, allocate_sparsity, reallocate
 
 __all__ = ["GATES", "METHODS", "Method", "MoRLinear", "SNELLLinear", "allocate_sparsity"]
@@ -33,6 +34,8 @@ SCHEDULES = {  # the factor on p at a progress from 0 to 1 of the training
     "constant": lambda progress: 1.0,
     "increase": lambda progress: progress,
     "decrease": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress),
+    "off-at-end": lambda progress: min(1.0, 10 * (1 - progress)),  # over the last tenth
 }
 
 
@@ -46,7 +49,8 @@ class Method:
             **keywords)`, `delta_weight()` and `to_linear()`; None if there is no such layer.
         settings: the method's settings with their defaults: keywords of `model.create`.
         plan: (number of layers, settings) -> the keywords of `from_linear` for each layer.
-        fixed: names of the layer's parameters that do not train.
+        fixed: settings -> names of the layer's parameters that do not train.
+        lr_factor: (name of a parameter, settings) -> its learning rate over that of the rest.
         thaws: whether a parameter of the backbone, given its name, trains too.
         targets: the layers that it adapts unless others are asked for.
         mergeable: whether its layers can be merged into plain ones.
@@ -62,7 +66,8 @@ class Method:
     layer: type[nn.Linear] | None = None
     settings: dict = field(default_factory=dict)
     plan: Callable[[int, dict], list[dict]] = lambda num_layers, settings: [settings] * num_layers
-    fixed: tuple[str, ...] = ()
+    fixed: Callable[[dict], tuple[str, ...]] = lambda settings: ()
+    lr_factor: Callable[[str, dict], float] = lambda name, settings: 1.0
     thaws: Callable[[str], bool] = lambda name: False
     targets: tuple[str, ...] = ("attn.qkv",)
     mergeable: bool = True
@@ -154,9 +159,31 @@ def mlae_schedule(model: nn.Module, progress: float) -> None:
 
 
 def mlae_log(model: nn.Module) -> dict:
-    """The mean masking probability of the layers."""
+    """The mean masking probability of the layers, and the similarity of their experts."""
     rates = torch.tensor([layer.mask_prob for layer in mlae_layers(model)])
-    return {"mask_prob": round(rates.mean().item(), 6)}
+    return {"mask_prob": round(rates.mean().item(), 6)} | similarity_log(model)
+
+
+def similarity_log(model: nn.Module) -> dict:
+    """The mean |cosine| of two experts of a layer that are not masked for good, over the layers."""
+    means = []
+    for layer in mlae_layers(model):
+        acts = layer.expert_mask.bool()
+        cosines = expert_similarity(layer)[acts][:, acts].abs()  # (active, active)
+        pairs = len(cosines) * (len(cosines) - 1)
+        if pairs:
+            means.append((cosines.sum() - cosines.trace()).item() / pairs)
+    return {"similarity": statistics.mean(means) if means else 0.0}
+
+
+def mlae_fixed(settings: dict) -> tuple[str, ...]:
+    """Lambda, if it is not to be learned."""
+    return ("lora_lambda",) if settings["freeze_lambda"] else ()
+
+
+def mlae_lr_factor(name: str, settings: dict) -> float:
+    """Lambda may learn faster or slower than the rest."""
+    return settings["lambda_lr"] if name.endswith("lora_lambda") else 1.0
 
 
 def lora_plan(num_layers: int, settings: dict) -> list[dict]:
@@ -244,37 +271,6 @@ def snella_plan(num_layers: int, settings: dict) -> list[dict]:
     return [shared | {"sparsity": settings["start_sparsity"]}] * num_layers
 
 
-def adapter_size(method: str, sizes: Sequence[tuple[int, int]], **settings) -> int:
-    """How many parameters a method trains in layers of these (in_features, out_features)."""
-    row, count = METHODS[method], 0
-    plan = row.plan(len(sizes), row.own(settings))
-    for (inputs, outputs), keywords in zip(sizes, plan, strict=True):
-        layer = row.layer(inputs, outputs, device="meta", **keywords)
-        for name, parameter in layer.named_parameters():
-            if parameter.requires_grad and name not in row.fixed:
-                count += parameter.numel()
-    return count
-
-
-def nearest_rank(method: str, sizes: Sequence[tuple[int, int]], budget: int, **settings) -> int:
-    """The rank at which `adapter_size` comes nearest to a number of parameters.
-
-    Raises ValueError for a method that has no rank, or no layers.
-    """
-    if "rank" not in METHODS[method].settings or not sizes:
-        raise ValueError(f"{method} has no rank to choose")
-    off = {}  # rank -> how far it is from the budget
-    for rank in itertools.count(1):
-        try:
-            off[rank] = adapter_size(method, sizes, **settings, rank=rank) - budget
-        except ValueError:
-            if rank % 2 == 0:  # a kernel refuses odd ranks; another setting is wrong
-                raise
-        if off.get(rank, -1) >= 0:
-            break
-    return min(off, key=lambda rank: abs(off[rank]))
-
-
 MAIN = "mlae"  # the method that the rest is compared with
 ALL_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 METHODS: dict[str, Method] = {
@@ -288,8 +284,12 @@ METHODS: dict[str, Method] = {
             "pattern": "random",
             "schedule": "constant",
             "coef_init": 1.0,
+            "freeze_lambda": False,
+            "lambda_lr": 1.0,
         },
         plan=mlae_plan,
+        fixed=mlae_fixed,
+        lr_factor=mlae_lr_factor,
         before_step=mlae_schedule,
         log=mlae_log,
     ),
@@ -298,7 +298,8 @@ METHODS: dict[str, Method] = {
         layer=MLAELinear,
         settings={"rank": 8, "coef_init": 1.0},
         plan=lora_plan,
-        fixed=("lora_lambda",),
+        fixed=lambda settings: ("lora_lambda",),
+        log=similarity_log,
     ),
     "rmlora": Method(
         trains="RM-LoRA (Mao et al. 2024)",
@@ -311,7 +312,8 @@ METHODS: dict[str, Method] = {
             "variant": 2,
         },
         plan=rmlora_plan,
-        fixed=("lora_lambda",),
+        fixed=lambda settings: ("lora_lambda",),
+        log=similarity_log,
         penalty=lambda model: model.method_settings["penalty_weight"] * orthogonality(model),
         before_step=mask_gradients,
     ),

@@ -10,10 +10,11 @@ timm model agrees. Exit code 0 if it does, 1 if not.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 import data
 import model as models
 from backbone import ModelError, count_parameters, create_backbone, eval_mode, weights_of
-from baselines import METHODS, adapter_size, nearest_rank
+from baselines import METHODS
 from files import NUMBER, RunError, check_shape, read_json
 from flags import AMP, DEVICES, WHOLE, Parser
 from runs import autocast, one_line, pick_device
@@ -85,6 +86,38 @@ def create_model(args: argparse.Namespace) -> nn.Module:
         targets=args.targets,
         **own,
     )
+
+
+def adapter_size(method: str, sizes: Sequence[tuple[int, int]], **settings) -> int:
+    """How many parameters a method trains in layers of these (in_features, out_features)."""
+    row, count = METHODS[method], 0
+    own = row.own(settings)
+    plan = row.plan(len(sizes), own)
+    for (inputs, outputs), keywords in zip(sizes, plan, strict=True):
+        layer = row.layer(inputs, outputs, device="meta", **keywords)
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad and name not in row.fixed(own):
+                count += parameter.numel()
+    return count
+
+
+def nearest_rank(method: str, sizes: Sequence[tuple[int, int]], budget: int, **settings) -> int:
+    """The rank at which `adapter_size` comes nearest to a number of parameters.
+
+    Raises ValueError for a method that has no rank, or no layers.
+    """
+    if "rank" not in METHODS[method].settings or not sizes:
+        raise ValueError(f"{method} has no rank to choose")
+    off = {}  # rank -> how far it is from the budget
+    for rank in itertools.count(1):
+        try:
+            off[rank] = adapter_size(method, sizes, **settings, rank=rank) - budget
+        except ValueError:
+            if rank % 2 == 0:  # a kernel refuses odd ranks; another setting is wrong
+                raise
+        if off.get(rank, -1) >= 0:
+            break
+    return min(off, key=lambda rank: abs(off[rank]))
 
 
 def rank_within(args: argparse.Namespace) -> int:

@@ -105,8 +105,12 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--masking", help=help_of_masking)
     help_of_patterns = "p over depth: random, incremental, decremental, hourglass or protruding"
     flag("--mask-pattern", dest="pattern", help=f"{help_of_patterns} (default: random)")
-    help_of_schedules = "p over training: constant, increase or decrease (default: constant)"
-    flag("--mask-schedule", dest="schedule", help=help_of_schedules)
+    help_of_schedules = "p over training: constant, increase, decrease, cosine or off-at-end"
+    flag("--mask-schedule", dest="schedule", help=f"{help_of_schedules} (default: constant)")
+    help_of_lambda = "lambda stays as it starts, as in lora (default: False, it is learned)"
+    flag("--freeze-lambda", action="store_true", default=None, help=help_of_lambda)
+    help_of_rates = "learning rate of lambda over that of the rest (default: 1)"
+    flag("--lambda-lr", type=POSITIVE, metavar="FACTOR", help=help_of_rates)
 
     flag = group("rmlora")
     flag("--penalty-weight", type=SIZE, help="weight of the orthogonality penalty (default: 0.1)")

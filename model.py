@@ -122,7 +122,7 @@ def inject(
     linears = len(linear_layers(model))
     freeze(model)
     for name, layer in layers.items():
-        for parameter in row.fixed:
+        for parameter in row.fixed(own):
             getattr(layer, parameter).requires_grad_(False)
         model.set_submodule(name, layer)
     for name, parameter in model.named_parameters():

@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 
 from flags import train_parser
 
@@ -127,7 +128,8 @@ def run(args: argparse.Namespace) -> dict:
     counts = count_parameters(model)
 
     # optimizer
-    groups = parameter_groups(model, args.weight_decay)
+    factor = partial(method.lr_factor, settings=model.method_settings)
+    groups = parameter_groups(model, args.weight_decay, factor)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)  # one call for all tensors
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # no image is dropped
@@ -164,7 +166,7 @@ def run(args: argparse.Namespace) -> dict:
         for x, y in train.epoch(order, args.batch_size, args.workers, f"{args.seed} {epoch}"):
             lr = learning_rate(step, steps, warmup, args.lr)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["factor"]
             step += 1
             loss, right = train_step(
                 net,

@@ -10,7 +10,7 @@ from conftest import log, stop_after
 from safetensors.torch import load_file
 from torch import nn
 
-import baselines
+import eval as evaluation
 import model as models
 import snell
 from baselines import METHODS, MoRLinear, SNELLLinear, allocate_sparsity, orthogonality
@@ -82,15 +82,15 @@ def test_numbers_of_parameters_by_formula():
     dim, rank = 768, 8
     six = 4 * [(dim, dim)] + [(dim, 4 * dim), (4 * dim, dim)]
     four = [(dim, 3 * dim), *six[3:]]
-    assert baselines.adapter_size("snell", 12 * six, rank=rank) == 165_888 * rank
-    assert baselines.adapter_size("snell", 12 * four, rank=rank) == 147_456 * rank
-    assert baselines.adapter_size("snella", 12 * four, rank=rank) == 147_456 * rank + 48 * 3
+    assert evaluation.adapter_size("snell", 12 * six, rank=rank) == 165_888 * rank
+    assert evaluation.adapter_size("snell", 12 * four, rank=rank) == 147_456 * rank
+    assert evaluation.adapter_size("snella", 12 * four, rank=rank) == 147_456 * rank + 48 * 3
     mor = rank * 5 * dim + 8 * (5 * dim + rank)  # the factors; the router and both scales
-    assert baselines.adapter_size("mor", 24 * six[4:5], rank=rank) == 24 * mor
+    assert evaluation.adapter_size("mor", 24 * six[4:5], rank=rank) == 24 * mor
     qkv = 12 * rank * 4 * dim
     for method in ("rmlora", "lora"):
-        assert baselines.adapter_size(method, 12 * four[:1], rank=rank) == qkv
-    assert baselines.adapter_size("mlae", 12 * four[:1], rank=rank) == qkv + 12 * rank
+        assert evaluation.adapter_size(method, 12 * four[:1], rank=rank) == qkv
+    assert evaluation.adapter_size("mlae", 12 * four[:1], rank=rank) == qkv + 12 * rank
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ def test_numbers_of_parameters_by_formula():
     ],
 )
 def test_the_rank_nearest_to_a_budget(method, budget, want):
-    assert baselines.nearest_rank(method, 12 * [(768, 2304)], budget) == want
+    assert evaluation.nearest_rank(method, 12 * [(768, 2304)], budget) == want
 
 
 def test_no_rank_for_a_method_without_one_or_with_a_wrong_setting():
     with pytest.raises(ValueError, match="bitfit has no rank"):
-        baselines.nearest_rank("bitfit", [(8, 8)], 100)
+        evaluation.nearest_rank("bitfit", [(8, 8)], 100)
     with pytest.raises(ValueError, match="gate must be one of code, paper, not 'x'"):
-        baselines.nearest_rank("snell", [(8, 8)], 100, gate="x")
+        evaluation.nearest_rank("snell", [(8, 8)], 100, gate="x")
 
 
 # ---- SNELL and SNELLA

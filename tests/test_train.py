@@ -524,6 +524,43 @@ class Scale(torch.nn.Linear):
         return linear
 
 
+def test_frozen_and_unmasked_mlae_is_lora_step_by_step(run, monkeypatch):
+    losses, step = {}, train.train_step
+    for method in ("mlae", "lora"):
+        seen = losses[method] = []
+
+        def noted(*arguments, seen=seen, **options):
+            loss, correct = step(*arguments, **options)
+            seen.append(loss.item())
+            return loss, correct
+
+        monkeypatch.setattr(train, "train_step", noted)
+        words = ["--coef-init", 2.0, "--rank", 4, "--drop-path", 0.1]
+        if method == "mlae":
+            words += ["--mask-prob", 0, "--freeze-lambda"]
+        metrics = run("--method", method, *words)
+        assert metrics["trainable_parameters"] == 6 * 4 * (96 + 288) + 970
+    assert losses["mlae"] == losses["lora"] and len(losses["lora"]) == 32
+
+
+@pytest.mark.parametrize("factor", [0.1, 5.0])
+def test_lambda_has_its_own_learning_rate(run, monkeypatch, factor):
+    rates, step = [], torch.optim.AdamW.step
+
+    def noted(self, *arguments, **options):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                is_lambda = parameter.shape == (7,)
+                rates.append((is_lambda, group["lr"]))
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    run("--rank", 7, "--lambda-lr", factor, "--epochs", 1)
+    peak = max(lr for is_lambda, lr in rates if not is_lambda)
+    assert {is_lambda for is_lambda, _ in rates} == {True, False} and peak == pytest.approx(8e-3)
+    assert max(lr for is_lambda, lr in rates if is_lambda) == pytest.approx(factor * peak)
+
+
 def test_a_method_is_one_more_row(run, monkeypatch):
     """What a reader touches to add a method: METHODS. Saving, scoring and merging follow."""
     toy = baselines.Method(trains="a toy", layer=Scale, settings={"start": 1.0})
