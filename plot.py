@@ -2,6 +2,7 @@
 
     python plot.py runs/digits/mlae-vit_nano-seed0-...      # its loss and accuracy over the epochs
     python plot.py runs/digits/* --out curves.png           # several: mean and range over seeds
+    python plot.py runs/digits/* --experts experts.png      # a line of heat maps for each run
     python plot.py --method-picture method.png              # what masking does, as in README
 
 Runs that differ in nothing but the seed are one line with a band. `bench.py --plot` draws its
@@ -15,8 +16,13 @@ import itertools
 import statistics
 from pathlib import Path
 
+import torch
+
+from baselines import mlae_layers
+from eval import load_run
 from files import RunError, read_json, read_log, whole
 from flags import Parser
+from mlae import MLAELinear, expert_similarity
 from runs import one_line
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -155,6 +161,54 @@ def draw_curves(curves: dict[str, list[tuple]], path: Path) -> None:
         figure.savefig(draft, format=path.suffix[1:], dpi=120)
 
 
+def draw_experts(folders: list[Path], path: Path) -> None:
+    """A line for each run: the |cosine| of every two experts in each layer, with the mean over
+    pairs; |lambda|; and the experts' importance |lambda| |a| |b|, as layers x experts.
+
+    Raises RunError for a run without experts.
+    """
+    all_layers = []
+    for folder in folders:
+        model, _ = load_run(folder)
+        layers = [layer for layer in mlae_layers(model) if hasattr(layer, "lora_lambda")]
+        if not layers:
+            raise RunError(f"{folder}: its method has no experts with a lambda")
+        all_layers.append(layers)
+    columns = 2 + max(map(len, all_layers))
+    figure, axes = new_figure(len(folders), columns, (1.45, 1.6))
+    for axis in axes.flat:
+        axis.axis("off")
+    for line, layers, folder in zip(axes, all_layers, folders, strict=True):
+        for number, layer in enumerate(layers):
+            draw_similarity(line[number], layer, number + 1)
+        coefficients = []
+        importance = []
+        for layer in layers:
+            size = layer.lora_lambda.detach().abs()  # (rank,)
+            length = layer.lora_A.norm(dim=1) * layer.lora_B.norm(dim=0)
+            coefficients.append(size)
+            importance.append(size * length.detach())
+        maps = {"|λ|": coefficients, "importance": importance}
+        for axis, (name, values) in zip(line[-2:], maps.items(), strict=True):
+            shown = axis.imshow(torch.stack(values), vmin=0, cmap="cividis")
+            axis.set_title(name, fontsize=8)
+            bar = figure.colorbar(shown, ax=axis, shrink=0.8)
+            bar.ax.tick_params(labelsize=6)
+        line[0].text(0, -2.2, folder.name, fontsize=8)
+    with whole(path) as draft:
+        figure.savefig(draft, format=path.suffix[1:], dpi=110)
+
+
+def draw_similarity(axis, layer: MLAELinear, number: int) -> None:
+    """The |cosine| of every two experts of a layer, and their mean."""
+    cosines = expert_similarity(layer).abs()  # (rank, rank)
+    pairs = layer.rank * (layer.rank - 1)
+    others = cosines.sum() - cosines.trace()
+    mean = others.item() / max(1, pairs)
+    axis.imshow(cosines, vmin=0, vmax=1, cmap="cividis")
+    axis.set_title(f"layer {number}: {mean:.2f}", fontsize=8)
+
+
 def draw_method(path: Path) -> None:
     """What masking does: a frozen weight and six experts at two steps, in scoring and merged."""
     figure, axes = new_figure(1, 1, (7.2, 3.7))
@@ -228,6 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--method-picture", type=Path, metavar="FILE", help="draw what masking does"
     )
+    help_of_experts = "draw the experts' similarity, lambda and importance, a line for each run"
+    parser.add_argument("--experts", type=Path, metavar="FILE", help=help_of_experts)
     parser.add_argument("--out", type=Path, help="the file (default: curves.png in the first run)")
     args = parser.parse_args(argv)
     with one_line("plot.py"):
@@ -237,6 +293,10 @@ def main(argv: list[str] | None = None) -> None:
             return
         if not args.runs:
             raise RunError("name the folder of a run, or several")
+        if args.experts:
+            check_file(args.experts)
+            draw_experts(args.runs, args.experts)
+            return
         path = args.out or args.runs[0] / "curves.png"
         check_file(path)
         draw_curves(read_curves(args.runs), path)

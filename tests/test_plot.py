@@ -1,6 +1,8 @@
 """plot.py draws what bench.py and train.py leave."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import plot
 import train
@@ -26,6 +28,26 @@ def test_curves_of_two_seeds_are_one_line(two_seeds, capsys):
     plot.main([*map(str, two_seeds)])
     path = two_seeds[0] / "curves.png"
     assert capsys.readouterr().out == f"{path}\n" and path.stat().st_size > 5000
+
+
+def test_the_experts_of_two_runs(two_seeds, tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
+    images, imshow = [], pyplot.Axes.imshow
+
+    def noted(self, values, **options):
+        images.append(torch.as_tensor(values).clone())
+        return imshow(self, values, **options)
+
+    monkeypatch.setattr(pyplot.Axes, "imshow", noted)
+    plot.main([*map(str, two_seeds), "--experts", str(tmp_path / "experts.png")])
+    assert (tmp_path / "experts.png").stat().st_size > 5000
+    assert [tuple(image.shape) for image in images] == 2 * (6 * [(8, 8)] + 2 * [(6, 8)])
+    state = load_file(two_seeds[0] / "adapter.safetensors")
+    A, B, size = (state[f"blocks.2.attn.qkv.lora_{name}"] for name in ("A", "B", "lambda"))
+    one, two = torch.outer(B[:, 1], A[1]), torch.outer(B[:, 5], A[5])
+    cosine = (one * two).sum() / one.norm() / two.norm()
+    torch.testing.assert_close(images[2][1, 5], cosine.abs(), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(images[7][2, 1], size[1].abs() * one.norm(), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
