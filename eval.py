@@ -211,6 +211,7 @@ def read_config(folder: Path) -> dict:
         if word not in known:
             raise RunError(f"{path}: {name} {word} is unknown here")
     for name, usual in METHODS[given["method"]].settings.items():
+        given.setdefault(name, usual)  # a run from before there was such a setting
         shape = SETTINGS.get(type(usual), object)
         check_shape(given, {name: shape}, f"{path}: arguments")
     for target in given["targets"]:

@@ -190,11 +190,12 @@ def draw_experts(folders: list[Path], path: Path) -> None:
             importance.append(size * length.detach())
         maps = {"|λ|": coefficients, "importance": importance}
         for axis, (name, values) in zip(line[-2:], maps.items(), strict=True):
-            shown = axis.imshow(torch.stack(values), vmin=0, cmap="cividis")
+            shown = axis.imshow(torch.stack(values).numpy(), vmin=0, cmap="cividis")
             axis.set_title(name, fontsize=8)
             bar = figure.colorbar(shown, ax=axis, shrink=0.8)
             bar.ax.tick_params(labelsize=6)
-        line[0].text(0, -2.2, folder.name, fontsize=8)
+        name = line[0].text(-0.5, -2.2, folder.name, fontsize=8)
+        name.set_in_layout(False)  # it would widen the first column
     with whole(path) as draft:
         figure.savefig(draft, format=path.suffix[1:], dpi=110)
 
@@ -205,8 +206,8 @@ def draw_similarity(axis, layer: MLAELinear, number: int) -> None:
     pairs = layer.rank * (layer.rank - 1)
     others = cosines.sum() - cosines.trace()
     mean = others.item() / max(1, pairs)
-    axis.imshow(cosines, vmin=0, vmax=1, cmap="cividis")
-    axis.set_title(f"layer {number}: {mean:.2f}", fontsize=8)
+    axis.imshow(cosines.numpy(), vmin=0, vmax=1, cmap="cividis")
+    axis.set_title(f"\n\nlayer {number}: {mean:.2f}", fontsize=8)  # below the name of the run
 
 
 def draw_method(path: Path) -> None:

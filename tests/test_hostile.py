@@ -176,7 +176,7 @@ ARGUMENTS = {
     "mask_prob": [1, -0.5, float("nan"), float("inf"), "0.5"],
     "masking": ["x", 1],
     "pattern": ["x", 1],
-    "coef_init": [1e39, float("inf"), "1", GONE],
+    "coef_init": [1e39, float("inf"), "1"],
     "drop_path": [1, float("nan"), "x"],
     "seed": [-1, 10**30, "0"],
     "val": ["yes", None],
