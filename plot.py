@@ -207,7 +207,9 @@ def draw_similarity(axis, layer: MLAELinear, number: int) -> None:
     others = cosines.sum() - cosines.trace()
     mean = others.item() / max(1, pairs)
     axis.imshow(cosines.numpy(), vmin=0, vmax=1, cmap="cividis")
-    axis.set_title(f"\n\nlayer {number}: {mean:.2f}", fontsize=8)  # below the name of the run
+    title = f"layer {number}: {mean:.2f}"
+    room = "\n\n"  # for the name of the run
+    axis.set_title(room + title, fontsize=8)
 
 
 def draw_method(path: Path) -> None:
