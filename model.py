@@ -112,7 +112,7 @@ def inject(
     check_settings(model, chosen, own)
     layers = {}
     try:
-        plan = row.plan(len(chosen), own)
+        plan = row.plan(list(chosen), own)
         for (name, rows), keywords in zip(chosen.items(), plan, strict=True):
             if rows is not None:
                 keywords = keywords | {"rows": rows}
