@@ -111,7 +111,7 @@ class SNELLLinear(MLAELinear):
         return torch.tensor(self.sparsity, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.sparsity = state.item()
+        self.sparsity = min(1.0, max(0.0, state.item()))  # a file may hold anything
 
     def _update(self, dtype: torch.dtype) -> Tensor:
         delta = kernel(self.lora_A.to(dtype), self.lora_B.to(dtype))  # (out, in)
