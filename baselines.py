@@ -161,9 +161,10 @@ class MoRLinear(MLAELinear):
 
         y = x W^T + b + sum_i g_i lB_i * (B (lA_i * (A x)))        g = softmax(router x)
 
-    for every token, with rows lA_i of `scale_A` (N, rank) and lB_i of `scale_B` (N, out). alpha is
-    the rank; no loss balances the experts. The start of the scales is not published: here they are
-    1, with noise on lA, without which all experts would stay the same.
+    for every token, with rows lA_i of `scale_A` (N, rank) and lB_i of `scale_B` (N, out), or of as
+    many outputs as there are `rows`. alpha is the rank; no loss balances the experts. The start of
+    the scales is not published: here they are 1, with noise on lA, without which all experts would
+    stay the same.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class MoRLinear(MLAELinear):
         del self.lora_lambda, self.expert_mask  # of MLAELinear, which made the factors
         like = {"device": self.lora_A.device, "dtype": self.lora_A.dtype}
         self.scale_A = nn.Parameter(self.lora_A.new_empty(num_experts, rank).normal_(1, 0.02))
-        self.scale_B = nn.Parameter(self.lora_A.new_ones(num_experts, out_features))
+        self.scale_B = nn.Parameter(self.lora_B.new_ones(num_experts, len(self.lora_B)))
         self.router = nn.Linear(in_features, num_experts, bias=False, **like)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,9 +184,12 @@ class MoRLinear(MLAELinear):
         x = x.to(self.lora_A.dtype)
         gates = self.router(x).softmax(-1)  # (..., N)
         h = gates.unsqueeze(-1) * F.linear(x, self.lora_A).unsqueeze(-2)  # (..., N, rank)
-        experts = self.scale_A.unsqueeze(-1) * self._full_B().T  # (N, rank, out)
-        experts = experts * self.scale_B.unsqueeze(1)
-        return y + (h.flatten(-2) @ experts.flatten(0, 1)).to(y.dtype)
+        experts = self.scale_A.unsqueeze(-1) * self.lora_B.T  # (N, rank, out)
+        experts = (experts * self.scale_B.unsqueeze(1)).flatten(0, 1)  # (N rank, out)
+        if self.rows is not None:
+            zeros = experts.new_zeros(len(experts), self.out_features)
+            experts = zeros.index_copy(1, self.rows, experts)
+        return y + (h.flatten(-2) @ experts).to(y.dtype)
 
     def _fold_onto(self, weight: Tensor) -> Tensor:
         raise TypeError("a mixture of ranks has no one update to merge: it depends on the input")
