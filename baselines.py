@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from masking import mlae_layers, mlae_log, mlae_plan, mlae_schedule, similarity_log
 from mlae import MLAELinear
@@ -38,7 +39,8 @@ class Method:
         plan: (paths of the layers, settings) -> the keywords of `from_linear` for each layer.
         fixed: settings -> names of the layer's parameters that do not train.
         lr_factor: (name of a parameter, settings) -> its learning rate over that of the rest.
-        thaws: whether a parameter of the backbone, given its name, trains too.
+        thaws: (name of a parameter of the backbone, its module) -> whether it trains too; None if
+            nothing of the backbone is meant to.
         targets: the layers that it adapts unless others are asked for.
         mergeable: whether its layers can be merged into plain ones.
         recipe: settings of the training that suit it better than the task's recipe.
@@ -56,7 +58,7 @@ class Method:
     plan: Callable[[Sequence, dict], list[dict]] = lambda names, settings: [settings] * len(names)
     fixed: Callable[[dict], tuple[str, ...]] = lambda settings: ()
     lr_factor: Callable[[str, dict], float] = lambda name, settings: 1.0
-    thaws: Callable[[str], bool] = lambda name: False
+    thaws: Callable[[str, nn.Module], bool] | None = None
     targets: tuple[str, ...] = ("attn.qkv",)
     mergeable: bool = True
     recipe: dict = field(default_factory=dict)
@@ -84,6 +86,19 @@ class Method:
             if name not in self.settings and name not in self.foreign():
                 raise TypeError(f"no method has a setting {name!r}")
         return {name: given.get(name, usual) for name, usual in self.settings.items()}
+
+    def thawed(self, model: nn.Module) -> list[str]:
+        """The names of what trains in a backbone; ValueError if something is to and is not there."""
+        if self.thaws is None:
+            return []
+        names = []
+        for name, _ in model.named_parameters():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if self.thaws(name, owner):
+                names.append(name)
+        if not names:
+            raise ValueError(f"the model has none of what this method trains: {self.trains}")
+        return names
 
     def foreign(self) -> set[str]:
         """The names of settings that other methods have and this one does not."""
@@ -203,6 +218,12 @@ def snella_plan(names: Sequence[str], settings: dict) -> list[dict]:
     return [shared | {"sparsity": settings["start_sparsity"]}] * len(names)
 
 
+def is_layer_norm(name: str, module: nn.Module) -> bool:
+    """A layer norm or its kin, by its class. A batch norm is none: its statistics would move, and
+    they are not the adapter's to save."""
+    return "Norm" in type(module).__name__ and not isinstance(module, _BatchNorm)
+
+
 MAIN = "mlae"  # the method that the rest is compared with
 ALL_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 METHODS: dict[str, Method] = {
@@ -271,11 +292,11 @@ METHODS: dict[str, Method] = {
         targets=ALL_LINEARS,
         before_step=reallocate,
     ),
-    "bitfit": Method(trains="every bias", thaws=lambda name: name.endswith("bias")),
-    "layernorm": Method(trains="the norms' scales and shifts", thaws=lambda name: "norm" in name),
+    "bitfit": Method(trains="every bias", thaws=lambda name, module: name.endswith("bias")),
+    "layernorm": Method(trains="the norms' scales and shifts", thaws=is_layer_norm),
     "linear": Method(
         trains="nothing: a linear probe",
         recipe={"drop_path": 0.0},  # it would be noise in a backbone that nothing adapts
     ),
-    "full": Method(trains="every parameter", thaws=lambda name: True),
+    "full": Method(trains="every parameter", thaws=lambda name, module: True),
 }
