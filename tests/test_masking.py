@@ -109,6 +109,10 @@ def test_the_order_of_the_targets_changes_nothing():
         net = make(targets=[*TWO], mask_prob=dict(pairs), masking="fixed")
         masks.append([layer.expert_mask for layer in models.adapters(net).values()])
     assert all(map(torch.equal, *masks))
+    names = ["0.attn.qkv", "1.attn.q", "1.mlp"]  # CaiT has both
+    for targets in itertools.permutations(["qkv", "attn.q", "mlp"]):
+        p = {target: 0.1 if target == "mlp" else 0.2 for target in targets}
+        assert masking.groups(names, p) == [(0.2, [0, 1]), (0.1, [2])]
 
 
 def test_parts_of_a_fused_layer_share_its_masks():
@@ -184,6 +188,7 @@ def folder(*words):
 def test_folders_of_old_keep_their_names_and_new_ones_can_be_read():
     assert folder() == "mlae-vit_nano-seed0-6e2c1e"
     assert folder("--mask-prob", "0.3", "--lr", "2e-3") == "mlae-vit_nano-p0.3-lr0.002-seed0-9b42ac"
+    assert folder("--lr", "1").startswith("mlae-vit_nano-lr1-seed0-")
     pairs = ["attn.qkv=0.5", "mlp.fc1=0.3"]
     name = folder("--mask-prob", *pairs)
     assert name.startswith("mlae-vit_nano-pattn.qkv=0.5,mlp.fc1=0.3-seed0-")
