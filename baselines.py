@@ -88,7 +88,7 @@ class Method:
         return {name: given.get(name, usual) for name, usual in self.settings.items()}
 
     def thawed(self, model: nn.Module) -> list[str]:
-        """The names of what trains in a backbone; ValueError if something is to and is not there."""
+        """The names of what trains in a backbone; ValueError if there is nothing for `thaws`."""
         if self.thaws is None:
             return []
         names = []

@@ -156,7 +156,8 @@ def add_flags(group: Callable[[str], Callable]) -> None:
 
     flag = group("rmlora")
     flag("--penalty-weight", type=SIZE, help="weight of the orthogonality penalty (default: 0.1)")
-    flag("--active-ranks", type=COUNT, help="ranks of a layer that learn at a step (default: 4)")
+    help_of_active = "ranks of a layer that learn at a step (default: 4; all if there are no more)"
+    flag("--active-ranks", type=COUNT, help=help_of_active)
     help_of_variants = "1: the same ranks of A and B learn; 2: drawn apart (default: 2)"
     flag("--variant", type=int, choices=[1, 2], help=help_of_variants)
 
