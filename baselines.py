@@ -10,33 +10,20 @@ A new method is one more row. `model.py` adapts, saves and merges models by thes
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from mlae import MLAELinear, expert_similarity, fixed_masks, mask_rates, set_mask_prob
+from masking import mlae_layers, mlae_log, mlae_plan, mlae_schedule, similarity_log
+from mlae import MLAELinear
 from snell import GATES, SNELLLinear, allocate_sparsity, reallocate
 
 __all__ = ["GATES", "METHODS", "Method", "MoRLinear", "SNELLLinear", "allocate_sparsity"]
-
-MASKINGS = {  # which masks act: (a new one at every step, one drawn for good)
-    "stochastic": (True, False),
-    "fixed": (False, True),
-    "mixed": (True, True),
-}
-SCHEDULES = {  # the factor on p at a progress from 0 to 1 of the training
-    "constant": lambda progress: 1.0,
-    "increase": lambda progress: progress,
-    "decrease": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress),
-    "off-at-end": lambda progress: min(1.0, 10 * (1 - progress)),  # over the last tenth
-}
 
 
 @dataclass(frozen=True)
@@ -48,10 +35,12 @@ class Method:
         layer: the nn.Linear that takes the place of a linear layer, with `from_linear(linear,
             **keywords)`, `delta_weight()` and `to_linear()`; None if there is no such layer.
         settings: the method's settings with their defaults: keywords of `model.create`.
-        plan: (number of layers, settings) -> the keywords of `from_linear` for each layer.
+        by_target: the settings that may be {target: value} instead of a value.
+        plan: (paths of the layers, settings) -> the keywords of `from_linear` for each layer.
         fixed: settings -> names of the layer's parameters that do not train.
         lr_factor: (name of a parameter, settings) -> its learning rate over that of the rest.
-        thaws: whether a parameter of the backbone, given its name, trains too.
+        thaws: (name of a parameter of the backbone, its module) -> whether it trains too; None if
+            nothing of the backbone is meant to.
         targets: the layers that it adapts unless others are asked for.
         mergeable: whether its layers can be merged into plain ones.
         recipe: settings of the training that suit it better than the task's recipe.
@@ -65,10 +54,11 @@ class Method:
     trains: str
     layer: type[nn.Linear] | None = None
     settings: dict = field(default_factory=dict)
-    plan: Callable[[int, dict], list[dict]] = lambda num_layers, settings: [settings] * num_layers
+    by_target: tuple[str, ...] = ()
+    plan: Callable[[Sequence, dict], list[dict]] = lambda names, settings: [settings] * len(names)
     fixed: Callable[[dict], tuple[str, ...]] = lambda settings: ()
     lr_factor: Callable[[str, dict], float] = lambda name, settings: 1.0
-    thaws: Callable[[str], bool] = lambda name: False
+    thaws: Callable[[str, nn.Module], bool] | None = None
     targets: tuple[str, ...] = ("attn.qkv",)
     mergeable: bool = True
     recipe: dict = field(default_factory=dict)
@@ -97,6 +87,19 @@ class Method:
                 raise TypeError(f"no method has a setting {name!r}")
         return {name: given.get(name, usual) for name, usual in self.settings.items()}
 
+    def thawed(self, model: nn.Module) -> list[str]:
+        """The names of what trains in a backbone; ValueError if there is nothing for `thaws`."""
+        if self.thaws is None:
+            return []
+        names = []
+        for name, _ in model.named_parameters():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if self.thaws(name, owner):
+                names.append(name)
+        if not names:
+            raise ValueError(f"the model has none of what this method trains: {self.trains}")
+        return names
+
     def foreign(self) -> set[str]:
         """The names of settings that other methods have and this one does not."""
         names = set()
@@ -116,66 +119,6 @@ class Method:
                 print(f"note: {args.method} has no {name}; it is ignored", file=sys.stderr)
 
 
-def mlae_layers(model: nn.Module) -> list[MLAELinear]:
-    """The MLAE layers of a model, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, MLAELinear)]
-
-
-def mlae_plan(num_layers: int, settings: dict) -> list[dict]:
-    """The masking of each layer: a rate for random masks, a fixed mask drawn here, or both.
-
-    The mask is drawn from torch's generator. Raises ValueError for a masking, rate or pattern that
-    is not to be had.
-    """
-    masking, pattern, p = settings["masking"], settings["pattern"], settings["mask_prob"]
-    if masking not in MASKINGS:
-        raise ValueError(f"masking must be one of {', '.join(MASKINGS)}, not {masking!r}")
-    if settings["schedule"] not in SCHEDULES:
-        raise ValueError(f"mask schedule must be one of {', '.join(SCHEDULES)}")
-    if settings["schedule"] != "constant" and masking == "fixed":
-        raise ValueError(f"schedule {settings['schedule']} needs masking stochastic or mixed")
-    rates: list = [0.0] * num_layers
-    masks: list = [None] * num_layers
-    every_step, for_good = MASKINGS[masking]
-    if every_step:
-        rates = mask_rates(pattern, num_layers, p).tolist()
-    if for_good:
-        masks = list(fixed_masks(pattern, num_layers, settings["rank"], p))
-    shared = {"rank": settings["rank"], "coef_init": settings["coef_init"]}
-    plan = []
-    for rate, mask in zip(rates, masks, strict=True):
-        plan.append(shared | {"mask_prob": rate, "expert_mask": mask})
-    return plan
-
-
-def mlae_schedule(model: nn.Module, progress: float) -> None:
-    """Set the masking probability p of the next step: p times the schedule at this progress."""
-    settings = model.method_settings
-    every_step, _ = MASKINGS[settings["masking"]]
-    if settings["schedule"] == "constant" or not every_step:
-        return
-    p = settings["mask_prob"] * SCHEDULES[settings["schedule"]](progress)
-    set_mask_prob(model, mask_rates(settings["pattern"], len(mlae_layers(model)), p))
-
-
-def mlae_log(model: nn.Module) -> dict:
-    """The mean masking probability of the layers, and the similarity of their experts."""
-    rates = torch.tensor([layer.mask_prob for layer in mlae_layers(model)])
-    return {"mask_prob": round(rates.mean().item(), 6)} | similarity_log(model)
-
-
-def similarity_log(model: nn.Module) -> dict:
-    """The mean |cosine| of two experts of a layer that are not masked for good, over the layers."""
-    means = []
-    for layer in mlae_layers(model):
-        acts = layer.expert_mask.bool()
-        cosines = expert_similarity(layer)[acts][:, acts].abs()  # (active, active)
-        pairs = len(cosines) * (len(cosines) - 1)
-        if pairs:
-            means.append((cosines.sum() - cosines.trace()).item() / pairs)
-    return {"similarity": statistics.mean(means) if means else 0.0}
-
-
 def mlae_fixed(settings: dict) -> tuple[str, ...]:
     """Lambda, if it is not to be learned."""
     return ("lora_lambda",) if settings["freeze_lambda"] else ()
@@ -186,17 +129,17 @@ def mlae_lr_factor(name: str, settings: dict) -> float:
     return settings["lambda_lr"] if name.endswith("lora_lambda") else 1.0
 
 
-def lora_plan(num_layers: int, settings: dict) -> list[dict]:
+def lora_plan(names: Sequence[str], settings: dict) -> list[dict]:
     """LoRA (Hu et al. 2021) is MLAE without masks and with lambda fixed at alpha / rank."""
     shared = {"rank": settings["rank"], "coef_init": settings["coef_init"]}
-    return [shared | {"mask_prob": 0.0}] * num_layers
+    return [shared | {"mask_prob": 0.0}] * len(names)
 
 
-def rmlora_plan(num_layers: int, settings: dict) -> list[dict]:
+def rmlora_plan(names: Sequence[str], settings: dict) -> list[dict]:
     """LoRA's, for RM-LoRA; raises ValueError for settings that are not to be had."""
     if settings["variant"] not in (1, 2) or settings["active_ranks"] < 1:
         raise ValueError("variant must be 1 or 2, and active_ranks at least 1")
-    return lora_plan(num_layers, settings)
+    return lora_plan(names, settings)
 
 
 def orthogonality(model: nn.Module) -> Tensor:
@@ -233,9 +176,10 @@ class MoRLinear(MLAELinear):
 
         y = x W^T + b + sum_i g_i lB_i * (B (lA_i * (A x)))        g = softmax(router x)
 
-    for every token, with rows lA_i of `scale_A` (N, rank) and lB_i of `scale_B` (N, out). alpha is
-    the rank; no loss balances the experts. The start of the scales is not published: here they are
-    1, with noise on lA, without which all experts would stay the same.
+    for every token, with rows lA_i of `scale_A` (N, rank) and lB_i of `scale_B` (N, out), or of as
+    many outputs as there are `rows`. alpha is the rank; no loss balances the experts. The start of
+    the scales is not published: here they are 1, with noise on lA, without which all experts would
+    stay the same.
     """
 
     def __init__(
@@ -247,7 +191,7 @@ class MoRLinear(MLAELinear):
         del self.lora_lambda, self.expert_mask  # of MLAELinear, which made the factors
         like = {"device": self.lora_A.device, "dtype": self.lora_A.dtype}
         self.scale_A = nn.Parameter(self.lora_A.new_empty(num_experts, rank).normal_(1, 0.02))
-        self.scale_B = nn.Parameter(self.lora_A.new_ones(num_experts, out_features))
+        self.scale_B = nn.Parameter(self.lora_B.new_ones(num_experts, len(self.lora_B)))
         self.router = nn.Linear(in_features, num_experts, bias=False, **like)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,20 +199,29 @@ class MoRLinear(MLAELinear):
         x = x.to(self.lora_A.dtype)
         gates = self.router(x).softmax(-1)  # (..., N)
         h = gates.unsqueeze(-1) * F.linear(x, self.lora_A).unsqueeze(-2)  # (..., N, rank)
-        experts = self.scale_A.unsqueeze(-1) * self._full_B().T  # (N, rank, out)
-        experts = experts * self.scale_B.unsqueeze(1)
-        return y + (h.flatten(-2) @ experts.flatten(0, 1)).to(y.dtype)
+        experts = self.scale_A.unsqueeze(-1) * self.lora_B.T  # (N, rank, out)
+        experts = (experts * self.scale_B.unsqueeze(1)).flatten(0, 1)  # (N rank, out)
+        if self.rows is not None:
+            zeros = experts.new_zeros(len(experts), self.out_features)
+            experts = zeros.index_copy(1, self.rows, experts)
+        return y + (h.flatten(-2) @ experts).to(y.dtype)
 
     def _fold_onto(self, weight: Tensor) -> Tensor:
         raise TypeError("a mixture of ranks has no one update to merge: it depends on the input")
 
 
-def snella_plan(num_layers: int, settings: dict) -> list[dict]:
+def snella_plan(names: Sequence[str], settings: dict) -> list[dict]:
     """Every layer of SNELLA starts at `start_sparsity`; `sparsity` is for `reallocate`."""
     if not 0 <= settings["sparsity"] < 1:
         raise ValueError(f"sparsity must be in [0, 1), not {settings['sparsity']}")
     shared = {"rank": settings["rank"], "gate": settings["gate"], "adaptive": True}
-    return [shared | {"sparsity": settings["start_sparsity"]}] * num_layers
+    return [shared | {"sparsity": settings["start_sparsity"]}] * len(names)
+
+
+def is_layer_norm(name: str, module: nn.Module) -> bool:
+    """A layer norm or its kin, by its class. A batch norm is none: its statistics would move, and
+    they are not the adapter's to save."""
+    return "Norm" in type(module).__name__ and not isinstance(module, _BatchNorm)
 
 
 MAIN = "mlae"  # the method that the rest is compared with
@@ -287,6 +240,7 @@ METHODS: dict[str, Method] = {
             "freeze_lambda": False,
             "lambda_lr": 1.0,
         },
+        by_target=("mask_prob",),
         plan=mlae_plan,
         fixed=mlae_fixed,
         lr_factor=mlae_lr_factor,
@@ -338,11 +292,11 @@ METHODS: dict[str, Method] = {
         targets=ALL_LINEARS,
         before_step=reallocate,
     ),
-    "bitfit": Method(trains="every bias", thaws=lambda name: name.endswith("bias")),
-    "layernorm": Method(trains="the norms' scales and shifts", thaws=lambda name: "norm" in name),
+    "bitfit": Method(trains="every bias", thaws=lambda name, module: name.endswith("bias")),
+    "layernorm": Method(trains="the norms' scales and shifts", thaws=is_layer_norm),
     "linear": Method(
         trains="nothing: a linear probe",
         recipe={"drop_path": 0.0},  # it would be noise in a backbone that nothing adapts
     ),
-    "full": Method(trains="every parameter", thaws=lambda name: True),
+    "full": Method(trains="every parameter", thaws=lambda name, module: True),
 }

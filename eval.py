@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -88,12 +88,12 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     )
 
 
-def adapter_size(method: str, sizes: Sequence[tuple[int, int]], **settings) -> int:
-    """How many parameters a method trains in layers of these (in_features, out_features)."""
+def adapter_size(method: str, sizes: dict[str, tuple[int, int]], **settings) -> int:
+    """How many parameters a method trains in layers {path: (in_features, out_features)}."""
     row, count = METHODS[method], 0
     own = row.own(settings)
-    plan = row.plan(len(sizes), own)
-    for (inputs, outputs), keywords in zip(sizes, plan, strict=True):
+    plan = row.plan(list(sizes), own)
+    for (inputs, outputs), keywords in zip(sizes.values(), plan, strict=True):
         layer = row.layer(inputs, outputs, device="meta", **keywords)
         for name, parameter in layer.named_parameters():
             if parameter.requires_grad and name not in row.fixed(own):
@@ -101,7 +101,7 @@ def adapter_size(method: str, sizes: Sequence[tuple[int, int]], **settings) -> i
     return count
 
 
-def nearest_rank(method: str, sizes: Sequence[tuple[int, int]], budget: int, **settings) -> int:
+def nearest_rank(method: str, sizes: dict[str, tuple], budget: int, **settings) -> int:
     """The rank at which `adapter_size` comes nearest to a number of parameters.
 
     Raises ValueError for a method that has no rank, or no layers.
@@ -126,10 +126,10 @@ def rank_within(args: argparse.Namespace) -> int:
     Raises ModelError for a method without a rank.
     """
     plain = create_backbone(args.model, 1, pretrained=False, img_size=args.img_size)
-    sizes = []
+    sizes = {}
     for name, rows in models.find_layers(plain, args.targets).items():
         linear = plain.get_submodule(name)
-        sizes.append((linear.in_features, len(rows) if rows else linear.out_features))
+        sizes[name] = linear.in_features, len(rows) if rows else linear.out_features
     names = METHODS[args.method].settings.keys() - {"rank"}
     settings = {name: getattr(args, name) for name in names}
     try:
@@ -210,9 +210,12 @@ def read_config(folder: Path) -> dict:
     for name, (word, known) in words.items():
         if word not in known:
             raise RunError(f"{path}: {name} {word} is unknown here")
-    for name, usual in METHODS[given["method"]].settings.items():
+    row = METHODS[given["method"]]
+    for name, usual in row.settings.items():
         given.setdefault(name, usual)  # a run from before there was such a setting
         shape = SETTINGS.get(type(usual), object)
+        if name in row.by_target and isinstance(given[name], dict):
+            shape = dict.fromkeys(given[name], shape)
         check_shape(given, {name: shape}, f"{path}: arguments")
     for target in given["targets"]:
         check_shape(target, str, f"{path}: arguments: targets")

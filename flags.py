@@ -12,6 +12,7 @@ import argparse
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,44 @@ POSITIVE = number(float, math.ulp(0.0), math.inf, "above 0")
 SIZE = number(float, 0, math.inf, "0 or more")
 
 
+def by_target(text: str) -> float | dict[str, float]:
+    """A flag's type: a probability, or target=probability, several of these joined by commas."""
+    if not set("=,") & set(text):
+        return FRACTION(text)
+    pairs = {}
+    for word in text.split(","):
+        target, _, p = word.partition("=")
+        if not re.fullmatch(r"\w+(\.\w+)*=.+", word) or target in pairs:
+            expected = "expected one number, or target=number once for each target"
+            raise argparse.ArgumentTypeError(f"{expected}, not {text}")
+        pairs[target] = FRACTION(p)
+    return dict(sorted(pairs.items()))
+
+
+by_target.__name__ = "float"  # for argparse's "invalid float value"
+
+
+class OneSetting(argparse.Action):
+    """The words after a flag are one setting: a number, or the targets with a number each."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setting, *others = values
+        for value in others:
+            both = isinstance(setting, dict) and isinstance(value, dict)
+            if not both or setting.keys() & value.keys():
+                expected = "expected one number, or target=number once for each target"
+                raise argparse.ArgumentError(self, f"{expected}; suite.py takes several settings")
+            setting = dict(sorted((setting | value).items()))
+        setattr(namespace, self.dest, setting)
+
+
+def shown(value: object) -> str:
+    """The value of a flag in one word, as suite.py takes it."""
+    if isinstance(value, dict):
+        value = [f"{key}={number:g}" for key, number in value.items()]
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def amount(text: str) -> int:
     """A flag's type: a whole number, or one like 0.3M or 50K."""
     factor = {"k": 1e3, "m": 1e6}.get(text[-1:].lower(), 1)
@@ -100,7 +139,10 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--coef-init", type=POSITIVE, help=help_of_factors)
 
     flag = group("masking")
-    flag("--mask-prob", type=FRACTION, help="masking probability p (default: 0.5, the paper's)")
+    help_of_p = "masking probability p (default: 0.5, the paper's), or one for each target, as in "
+    help_of_p += "attn.qkv=0.5 mlp.fc1=0.3; in suite.py commas join what is one setting"
+    one_or_more = {"nargs": "+", "type": by_target, "action": OneSetting}
+    flag("--mask-prob", **one_or_more, metavar="P", help=help_of_p)
     help_of_masking = "stochastic, fixed or mixed (default: stochastic, the paper's best)"
     flag("--masking", help=help_of_masking)
     help_of_patterns = "p over depth: random, incremental, decremental, hourglass or protruding"
@@ -114,7 +156,8 @@ def add_flags(group: Callable[[str], Callable]) -> None:
 
     flag = group("rmlora")
     flag("--penalty-weight", type=SIZE, help="weight of the orthogonality penalty (default: 0.1)")
-    flag("--active-ranks", type=COUNT, help="ranks of a layer that learn at a step (default: 4)")
+    help_of_active = "ranks of a layer that learn at a step (default: 4; all if there are no more)"
+    flag("--active-ranks", type=COUNT, help=help_of_active)
     help_of_variants = "1: the same ranks of A and B learn; 2: drawn apart (default: 2)"
     flag("--variant", type=int, choices=[1, 2], help=help_of_variants)
 
@@ -169,12 +212,13 @@ def suite_parser(manual: str | None = None) -> Parser:
         def flag(name: str, **options) -> None:
             if name == "--resume":  # a suite always goes on
                 return
-            if name[2:].replace("-", "_") in PLACE or "action" in options:
+            if name[2:].replace("-", "_") in PLACE or options.get("action") == "store_true":
                 add(name, **options)
-            elif "nargs" in options:  # a list already: commas inside a value
-                add(name, **options, type=lambda text: text.split(","))
-            else:
+            elif "nargs" not in options:
                 add(name, nargs="+", **options)
+            else:  # several words already: commas inside a value
+                options = {"type": lambda text: text.split(",")} | options
+                add(name, **options | {"action": "store"})
 
         return flag
 

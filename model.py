@@ -112,7 +112,8 @@ def inject(
     check_settings(model, chosen, own)
     layers = {}
     try:
-        plan = row.plan(len(chosen), own)
+        thawed = row.thawed(model)
+        plan = row.plan(list(chosen), own)
         for (name, rows), keywords in zip(chosen.items(), plan, strict=True):
             if rows is not None:
                 keywords = keywords | {"rows": rows}
@@ -125,9 +126,8 @@ def inject(
         for parameter in row.fixed(own):
             getattr(layer, parameter).requires_grad_(False)
         model.set_submodule(name, layer)
-    for name, parameter in model.named_parameters():
-        if row.thaws(name):
-            parameter.requires_grad_(True)
+    for name in thawed:
+        model.get_parameter(name).requires_grad_(True)
     model.method, model.method_settings = method, own
     model.adapted = len(chosen), linears  # of how many linear layers
     silent = uncalled(model, layers)

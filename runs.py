@@ -39,7 +39,7 @@ from files import (
     sha256,
     whole,
 )
-from flags import PLACE, printable
+from flags import PLACE, printable, shown
 from model import adapter_state, load_strictly
 from splits import DataError
 
@@ -191,7 +191,8 @@ def run_folder(out: str | os.PathLike, own: dict) -> Path:
     words = [own["method"], own["model"].replace("/", "_").replace(":", "_")]
     for name, short in SHORT.items():
         if name in own:
-            words.append(f"{short}{own[name]:g}")
+            value = own[name]
+            words.append(short + (shown(value) if isinstance(value, dict) else f"{value:g}"))
     words.append(f"seed{own['seed']}")
     if own.get("val"):
         words.append("val")

@@ -16,8 +16,9 @@ SNELL (Shen et al. 2024, arXiv 2411.01800) has one sparsity for all layers. SNEL
 learned (a, g, b); and it shares a budget of nonzero entries, which falls in training, out to the
 layers by their importance (`reallocate`).
 
-What we do differently: a fused qkv is one layer with one quantile, the authors have three; the
-budget is shared out at every step, theirs once an epoch.
+What we do differently: a fused qkv is one layer with one quantile, the authors have three (of some
+rows alone, as --targets attn.q attn.v, the quantile is theirs together); the budget is shared out
+at every step, theirs once an epoch.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class SNELLLinear(MLAELinear):
         return torch.tensor(self.sparsity, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.sparsity = state.item()
+        self.sparsity = min(1.0, max(0.0, state.item()))  # a file may hold anything
 
     def _update(self, dtype: torch.dtype) -> Tensor:
         delta = kernel(self.lora_A.to(dtype), self.lora_B.to(dtype))  # (out, in)

@@ -11,7 +11,8 @@ smaller value, and <out>/search.csv has all of it. Only then do the seeds run on
 and are tested.
 
 It takes train.py's flags, each with one value or several, and runs their product in this process;
-`--targets attn.qkv attn.qkv,mlp.fc1` are two values. What is finished is skipped, and what was
+`--targets attn.qkv attn.qkv,mlp.fc1` are two values, and `--mask-prob 0.3 attn.qkv=0.5,mlp.fc1=0.3`
+are two. What is finished is skipped, and what was
 interrupted goes on. Tasks whose data are missing are named at the end. The last line is JSON.
 """
 
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flags import suite_parser
+from flags import shown, suite_parser
 
 if __name__ == "__main__":
     suite_parser(__doc__).parse_args()  # --help and typing errors need not wait for torch
@@ -95,7 +96,7 @@ class Trial:
 
     def show(self, names: list[str]) -> str:
         """For example "lr=0.001"."""
-        return " ".join(f"{name}={self.arguments[name]}" for name in names)
+        return " ".join(f"{name}={shown(self.arguments[name])}" for name in names)
 
 
 def search(args: argparse.Namespace) -> tuple[list, dict]:
@@ -151,16 +152,22 @@ def choose(trials: list[Trial], names: list[str]) -> list[Trial]:
         groups.setdefault(json.dumps(others, sort_keys=True), []).append(trial)
     best = []
     for rivals in groups.values():
-        rivals.sort(key=lambda trial: [trial.arguments[name] for name in names])
+        rivals.sort(key=lambda trial: [size(trial.arguments[name]) for name in names])
         best.append(max(rivals, key=Trial.mean))  # the first of equals
         task, method = best[-1].arguments["dataset"], best[-1].arguments["method"]
         tried = [f"{trial.show(names)} {trial.mean():.2f}" for trial in rivals]
         print(f"chosen on val200, {method} on {task}: {best[-1].show(names)} of {', '.join(tried)}")
         for name in names:
-            tried = [trial.arguments[name] for trial in rivals]
-            if best[-1].arguments[name] in (min(tried), max(tried)) and min(tried) < max(tried):
+            tried = [size(trial.arguments[name]) for trial in rivals]
+            own = size(best[-1].arguments[name])
+            if own in (min(tried), max(tried)) and min(tried) < max(tried):
                 print(f"note: that is the smallest or largest {name}: try more values")
     return best
+
+
+def size(value):
+    """What orders the values of a flag: of one for each target their mean."""
+    return statistics.mean(value.values()) if isinstance(value, dict) else value
 
 
 def write_search(path: Path, names: list[str], trials: list[Trial], best: list[Trial]) -> None:
@@ -170,7 +177,7 @@ def write_search(path: Path, names: list[str], trials: list[Trial], best: list[T
         writer = csv.writer(file)
         writer.writerow(["dataset", "method", *names, "seed", "val_top1", "chosen", "run"])
         for trial in trials:
-            settings = [trial.arguments[name] for name in ("dataset", "method", *names)]
+            settings = [shown(trial.arguments[name]) for name in ("dataset", "method", *names)]
             for seed, top1 in trial.top1.items():
                 chosen = int(trial in best)
                 writer.writerow([*settings, seed, top1, chosen, trial.folders[seed]])

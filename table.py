@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import data
+from flags import shown
 from runs import Result
 
 PROTOCOL = "here: the last epoch's weights, scored once; mean ± standard deviation over seeds (n)"
@@ -96,7 +97,7 @@ def label(arguments: dict, rivals: list[dict]) -> str:
     for name, value in arguments.items():
         choices = {json.dumps(rival.get(name)) for rival in rivals}
         if name != "method" and len(choices) > 1 and value is not None:
-            words.append(f"{name}={value}")
+            words.append(f"{name}={shown(value)}")
     return " ".join(words)
 
 
@@ -232,7 +233,7 @@ def notes(rows: list[Row]) -> str:
             lines[f"{row.task}: {row.data}"] = True
     for row in rows:
         if row.chosen:
-            words = ", ".join(f"{name} {value}" for name, value in row.chosen.items())
+            words = ", ".join(f"{name} {shown(value)}" for name, value in row.chosen.items())
             lines[f"{row.task}, {row.configuration}: {words} chosen on val200"] = True
     if any(row.of == 1 and not row.official for row in rows):
         name = rows[0].benchmark

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import baselines
 import model as models
@@ -31,69 +30,6 @@ def test_settings_of_other_methods_are_ignored_and_unknown_ones_are_not():
     assert net.method_settings == {}
     with pytest.raises(TypeError, match="no method has a setting 'rnak'"):
         models.create("vit_nano", 10, pretrained=False, rnak=4)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "want"),
-    [
-        ("constant", [0.5, 0.5, 0.5]),
-        ("increase", [0, 0.25, 0.5]),
-        ("decrease", [0.5, 0.25, 0]),
-        ("cosine", [0.5, 0.25, 0]),
-        ("off-at-end", [0.5, 0.5, 0]),
-    ],
-)
-def test_schedules_move_the_mean_masking_probability(schedule, want):
-    settings = {"schedule": schedule, "pattern": "incremental"}
-    net = models.create("vit_nano", 10, pretrained=False, **settings)
-    for progress, p in zip((0.0, 0.5, 1.0), want, strict=True):
-        METHODS["mlae"].before_step(net, progress)
-        assert METHODS["mlae"].log(net)["mask_prob"] == pytest.approx(p, abs=1e-6)
-        rates = [layer.mask_prob for layer in baselines.mlae_layers(net)]
-        assert rates == sorted(rates, reverse=True)  # more active experts with depth
-
-
-def test_fixed_masks_have_no_schedule():
-    with pytest.raises(models.ModelError, match="schedule increase needs masking stochastic"):
-        models.create("vit_nano", 10, pretrained=False, masking="fixed", schedule="increase")
-
-
-def test_hooks_of_a_compiled_model_reach_the_layers():
-    net = models.create("vit_nano", 10, pretrained=False, schedule="increase")
-    METHODS["mlae"].before_step(torch.compile(net, backend="eager"), 0.5)
-    assert METHODS["mlae"].log(net)["mask_prob"] == 0.25
-
-
-def test_off_at_end_goes_to_zero_over_the_last_tenth():
-    factor = baselines.SCHEDULES["off-at-end"]
-    assert [factor(t) for t in (0.0, 0.5, 0.9)] == [1, 1, pytest.approx(1)]
-    assert factor(0.95) == pytest.approx(0.5) and factor(1.0) == 0
-
-
-def test_similarity_of_the_experts_by_hand():
-    net = models.create("vit_nano", 10, pretrained=False, rank=3, targets=["mlp.fc1"])
-    for number, layer in enumerate(baselines.mlae_layers(net)):
-        with torch.no_grad():
-            layer.lora_A.copy_(torch.randn(3, 96))
-            layer.lora_B.copy_(torch.randn(384, 3))
-        if number == 0:
-            layer.expert_mask[2] = 0  # for good: it has no pairs
-    means = []
-    for number, layer in enumerate(baselines.mlae_layers(net)):
-        a, b = layer.lora_A.double(), layer.lora_B.double()
-        pairs = []
-        for i, j in [(0, 1)] if number == 0 else [(0, 1), (0, 2), (1, 2)]:
-            one, two = torch.outer(b[:, i], a[i]), torch.outer(b[:, j], a[j])
-            pairs.append(abs((one * two).sum() / one.norm() / two.norm()).item())
-        means.append(sum(pairs) / len(pairs))
-    want = sum(means) / len(means)
-    assert METHODS["lora"].log(net) == {"similarity": pytest.approx(want, rel=1e-5)}
-    assert METHODS["mlae"].log(net)["similarity"] == pytest.approx(want, rel=1e-5)
-
-
-def test_one_expert_has_no_similarity():
-    net = models.create("vit_nano", 10, pretrained=False, rank=1)
-    assert METHODS["mlae"].log(net)["similarity"] == 0
 
 
 def test_no_other_script_names_a_method():

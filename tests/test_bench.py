@@ -3,6 +3,7 @@
 import argparse
 import json
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def test_what_each_method_trains(args):
     }
     want |= {"peft": head + experts, "loralib": head + experts}
     for method in want:
-        if method in ("peft", "loralib"):
-            pytest.importorskip(method)
+        if method in bench.PEERS and find_spec(method) is None:
+            continue
         net = bench.build(method, args)
         assert sum(p.numel() for p in net.parameters() if p.requires_grad) == want[method], method
     assert all(p.requires_grad for p in bench.build("full", args).parameters())
@@ -51,8 +52,8 @@ def test_a_step_trains_what_trains_and_nothing_else(args, monkeypatch):
     nets, build = [], bench.build
     monkeypatch.setattr(bench, "build", lambda *given: nets.append(build(*given)) or nets[-1])
     for method in ("floor", "two-branch", *bench.PEERS, *bench.METHODS):
-        if method in bench.PEERS:
-            pytest.importorskip(method)
+        if method in bench.PEERS and find_spec(method) is None:
+            continue  # the rest is tested without it
         step = bench.stepper(method, args, torch.device("cpu"), images)
         before = {name: p.detach().clone() for name, p in nets[-1].named_parameters()}
         step(), step()  # B is zero at first, so A and lambda move at the second step
@@ -64,8 +65,8 @@ def test_peers_and_two_branches_start_as_the_same_function(args):
     x = torch.randn(2, 3, 28, 28)
     want = bench.build("eval plain", args).eval()
     for method in ("mlae", "two-branch", "eval merged", *bench.PEERS):
-        if method in bench.PEERS:
-            pytest.importorskip(method)
+        if method in bench.PEERS and find_spec(method) is None:
+            continue  # the rest is tested without it
         net = bench.build(method, args).eval()
         own = dict(net.named_parameters())
         named = {name.replace("base_model.model.", "").replace("base_layer.", "").replace(".layer.", "."): p

@@ -1,6 +1,11 @@
 """The methods beside MLAE: their updates against formulas written anew in float64, and hooks."""
 
+import argparse
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +15,13 @@ from conftest import log, stop_after
 from safetensors.torch import load_file
 from torch import nn
 
+import backbone
 import eval as evaluation
 import model as models
+import runs
 import snell
 from baselines import METHODS, MoRLinear, SNELLLinear, allocate_sparsity, orthogonality
+from mlae import set_mask_prob
 
 NEW = ("rmlora", "mor", "snell", "snella", "bitfit", "layernorm")
 FEW = {"rank": 4}
@@ -78,19 +86,61 @@ def test_gradients_reach_these_parameters_and_no_others(method, images):
         assert (parameter.grad is not None and bool(parameter.grad.any())) == ours, name
 
 
+LAYERED = [method for method, row in METHODS.items() if row.layer]
+
+
+def named(sizes):
+    return {f"layer{number}": size for number, size in enumerate(sizes)}
+
+
 def test_numbers_of_parameters_by_formula():
     dim, rank = 768, 8
     six = 4 * [(dim, dim)] + [(dim, 4 * dim), (4 * dim, dim)]
     four = [(dim, 3 * dim), *six[3:]]
-    assert evaluation.adapter_size("snell", 12 * six, rank=rank) == 165_888 * rank
-    assert evaluation.adapter_size("snell", 12 * four, rank=rank) == 147_456 * rank
-    assert evaluation.adapter_size("snella", 12 * four, rank=rank) == 147_456 * rank + 48 * 3
+
+    def size(method, sizes):
+        return evaluation.adapter_size(method, named(sizes), rank=rank)
+
+    assert size("snell", 12 * six) == 165_888 * rank
+    assert size("snell", 12 * four) == 147_456 * rank
+    assert size("snella", 12 * four) == 147_456 * rank + 48 * 3
     mor = rank * 5 * dim + 8 * (5 * dim + rank)  # the factors; the router and both scales
-    assert evaluation.adapter_size("mor", 24 * six[4:5], rank=rank) == 24 * mor
+    assert size("mor", 24 * six[4:5]) == 24 * mor
     qkv = 12 * rank * 4 * dim
-    for method in ("rmlora", "lora"):
-        assert evaluation.adapter_size(method, 12 * four[:1], rank=rank) == qkv
-    assert evaluation.adapter_size("mlae", 12 * four[:1], rank=rank) == qkv + 12 * rank
+    assert size("rmlora", 12 * four[:1]) == size("lora", 12 * four[:1]) == qkv
+    assert size("mlae", 12 * four[:1]) == qkv + 12 * rank
+
+
+@pytest.mark.parametrize("targets", [["attn.q", "attn.v"], ["attn.proj", "mlp.fc2"]], ids=str)
+@pytest.mark.parametrize("method", LAYERED)
+def test_a_budget_counts_what_trains_and_all_of_it_learns(method, targets, images, capsys):
+    args = argparse.Namespace(model="vit_nano", img_size=28, targets=targets, method=method)
+    vars(args).update(METHODS[method].settings, budget=30_000)
+    rank = evaluation.rank_within(args)
+    net = make(method, targets=targets, rank=rank).train()
+    if method == "mlae":
+        set_mask_prob(net, 0.0)
+    counts = backbone.count_parameters(net)
+    adapters = counts["trainable"] - counts["head"]
+    assert f"rank {rank} is nearest, with {adapters:,} parameters" in capsys.readouterr().out
+    for _ in range(3):
+        net.zero_grad()
+        F.cross_entropy(net(images), torch.arange(4)).backward()
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.data -= 0.01 * parameter.grad
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            assert (parameter.grad != 0).float().mean() > 0.9, name
+
+
+def test_layer_norms_are_known_by_their_class():
+    net = models.create("convnext_atto", 3, pretrained=False, method="layernorm")
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert {"stem.1.weight", "stages.1.downsample.0.bias", "head.norm.weight"} <= trained
+    assert not any("conv" in name or "mlp" in name for name in trained)
+    with pytest.raises(models.ModelError, match="the model has none of what this method trains"):
+        models.create("resnet10t", 3, pretrained=False, method="layernorm")  # batch norms alone
 
 
 @pytest.mark.parametrize(
@@ -105,14 +155,14 @@ def test_numbers_of_parameters_by_formula():
     ],
 )
 def test_the_rank_nearest_to_a_budget(method, budget, want):
-    assert evaluation.nearest_rank(method, 12 * [(768, 2304)], budget) == want
+    assert evaluation.nearest_rank(method, named(12 * [(768, 2304)]), budget) == want
 
 
 def test_no_rank_for_a_method_without_one_or_with_a_wrong_setting():
     with pytest.raises(ValueError, match="bitfit has no rank"):
-        evaluation.nearest_rank("bitfit", [(8, 8)], 100)
+        evaluation.nearest_rank("bitfit", {"fc": (8, 8)}, 100)
     with pytest.raises(ValueError, match="gate must be one of code, paper, not 'x'"):
-        evaluation.nearest_rank("snell", [(8, 8)], 100, gate="x")
+        evaluation.nearest_rank("snell", {"fc": (8, 8)}, 100, gate="x")
 
 
 # ---- SNELL and SNELLA
@@ -342,11 +392,16 @@ def test_the_experts_of_mor_do_not_start_the_same():
     assert len(layer.scale_A.unique(dim=0)) == 8
 
 
-def test_mor_of_some_rows_leaves_the_others():
+def test_mor_of_some_rows_is_mor_of_these_alone():
     layer = random_mor(rank=3, rows=[0, 4])
+    assert layer.scale_B.shape == (8, 2)
+    alone = MoRLinear(7, 2, rank=3, dtype=torch.float64)
+    trained = {name: value for name, value in layer.state_dict().items() if name != "rows"}
+    alone.load_state_dict(trained | {"weight": layer.weight[[0, 4]], "bias": layer.bias[[0, 4]]})
     x = torch.randn(6, 7, dtype=torch.float64)
-    change = (layer(x) - F.linear(x, layer.weight, layer.bias)).abs().amax(0)
-    assert (change > 0).tolist() == [True, False, False, False, True]
+    torch.testing.assert_close(layer(x)[:, [0, 4]], alone(x))
+    others = F.linear(x, layer.weight, layer.bias)[:, 1:4]
+    assert torch.equal(layer(x)[:, 1:4], others)
 
 
 def test_mor_says_why_it_does_not_merge():
@@ -370,6 +425,37 @@ def test_the_penalty_is_the_mean_of_norms():
         norms += [np.linalg.norm(A @ A.T - np.eye(4)), np.linalg.norm(B.T @ B - np.eye(4))]
     assert orthogonality(net).item() == pytest.approx(np.mean(norms), rel=1e-5)
     assert METHODS["rmlora"].penalty(net).item() == pytest.approx(0.1 * np.mean(norms), rel=1e-5)
+
+
+def test_the_gradient_of_the_penalty_by_hand():
+    net = make("rmlora").double()
+    layers = list(models.adapters(net).values())
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    orthogonality(net).backward()
+    for layer in layers:
+        for factor, grad in (
+            (layer.lora_A, layer.lora_A.grad),
+            (layer.lora_B.T, layer.lora_B.grad.T),
+        ):
+            off = (factor @ factor.T - torch.eye(4)).detach()
+            want = 2 * off @ factor / off.square().sum().sqrt() / (2 * len(layers))
+            torch.testing.assert_close(grad, want.detach())
+
+
+def test_momentum_moves_ranks_whose_gradient_is_masked(images):
+    net = make("rmlora", rank=8, active_ranks=1)
+    layer = net.blocks[0].attn.qkv
+    nn.init.normal_(layer.lora_B)
+    optimizer = torch.optim.AdamW([layer.lora_A], lr=0.1, weight_decay=0.0)
+    layer.lora_A.grad = torch.ones_like(layer.lora_A)
+    optimizer.step()
+    before = layer.lora_A.detach().clone()
+    fill_gradients(net)
+    METHODS["rmlora"].before_step(net, 0.5)
+    assert (layer.lora_A.grad[:, 0] == 0).sum() == 7
+    optimizer.step()
+    assert (layer.lora_A != before).all()
 
 
 def test_the_penalty_leaves_a_zero_B_to_the_loss():
@@ -526,6 +612,15 @@ def test_a_saved_layer_knows_its_sparsity_and_its_importance(tmp_path, images):
     assert torch.equal(fresh(images), net(images))
 
 
+@pytest.mark.parametrize("sparsity", [-2.0, 1.0, 7.0])
+def test_a_sparsity_from_a_strangers_file_is_a_share(sparsity):
+    layer = random_snell(9, 8, rank=4)
+    state = layer.state_dict()
+    layer.load_state_dict(state | {"_extra_state": torch.tensor(sparsity)})
+    assert layer.sparsity == min(1, max(0, sparsity))
+    assert bool(layer.delta_weight().any()) == (sparsity < 1)
+
+
 def test_a_compiled_layer_follows_its_sparsity_without_another_compilation():
     torch.compiler.reset()
     layer, compiled = random_snell(9, 8, rank=4, adaptive=True), []
@@ -545,9 +640,19 @@ def test_a_compiled_layer_follows_its_sparsity_without_another_compilation():
 # ---- whole runs
 
 
-@pytest.mark.parametrize("method", ["rmlora", "mor", "snella"])
+SHORT = {"rmlora": ["--active-ranks", 2]}  # a few of the four ranks learn
+
+
+def arguments_of(method):
+    words = ["--method", method, "--val", "--batch-size", 400, *SHORT.get(method, [])]
+    if METHODS[method].layer:
+        words += ["--rank", 4, "--targets", "attn.proj", "mlp.fc1"]
+    return words
+
+
+@pytest.mark.parametrize("method", NEW[:-1])  # layernorm is saved as bitfit is
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(run, monkeypatch, method):
-    arguments = ["--method", method, "--rank", 4, "--batch-size", 250]
+    arguments = arguments_of(method)
     whole = run("--out", "whole", *arguments)
     stop_after(monkeypatch, 1)
     with pytest.raises(SystemExit):
@@ -559,13 +664,64 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(run, monkeypatch, metho
     assert [row["loss"] for row in log(whole)] == [row["loss"] for row in log(resumed)]
 
 
-@pytest.mark.parametrize("method", ["snell", "mor"])
-def test_recomputed_blocks_give_the_same_gradients(method, images):
+SCORE = """import json, sys, eval as evaluation, data, torch
+scores = {}
+for folder in sys.argv[1:]:
+    model, config = evaluation.load_run(folder)
+    args = config["arguments"]
+    normalize = evaluation.create_normalizer(args, model, torch.device("cpu"))
+    _, images = evaluation.load_data(args)
+    scores[folder] = evaluation.evaluate(model, images, normalize, workers=0)["loss"]
+print(json.dumps(scores))
+"""
+
+
+def test_another_process_scores_the_saved_runs_the_same(run):
+    want = {}
+    for method in NEW:
+        metrics = run(*arguments_of(method), "--epochs", 1, "--lr", 0.02)
+        want[metrics["run"]] = metrics["val_loss"]
+    root = Path(evaluation.__file__).parent
+    folders = [str(Path(folder).absolute()) for folder in want]
+    command = [sys.executable, "-c", SCORE, *folders]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    scores = json.loads(done.stdout.splitlines()[-1])
+    assert list(scores.values()) == pytest.approx(list(want.values()), abs=2e-6)
+    assert len(set(want.values())) == len(NEW)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("method", [*LAYERED, "bitfit", "layernorm"])
+def test_recomputed_blocks_give_the_same_gradients(method, amp, images):
     net, grads = make(method), []
+    for layer in models.adapters(net).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
     for recompute in (False, True):
         net.zero_grad()
         net.set_grad_checkpointing(recompute)
-        net.train()(images).square().sum().backward()
+        torch.manual_seed(1)  # of the masks
+        with runs.autocast(torch.device("cpu"), amp):
+            logits = net.train()(images[:2])
+        assert logits.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        F.cross_entropy(logits.float(), torch.arange(2)).backward()
         grads.append([p.grad.clone() for p in net.parameters() if p.requires_grad])
     for one, two in zip(*grads, strict=True):
         torch.testing.assert_close(one, two)
+        assert one.dtype == torch.float32 and one.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [None, [0, 4]])
+def test_a_compiled_mixture_of_ranks_is_one_graph(rows):
+    torch.compiler.reset()
+    layer = random_mor(rank=3, rows=rows)
+    fast = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 7, dtype=torch.float64)
+    torch.testing.assert_close(fast(x), layer(x))
+    fast(x).square().sum().backward()
+    grads = [p.grad.clone() for p in layer.parameters() if p.requires_grad]
+    layer.zero_grad()
+    layer(x).square().sum().backward()
+    for grad, parameter in zip(
+        grads, [p for p in layer.parameters() if p.requires_grad], strict=True
+    ):
+        torch.testing.assert_close(grad, parameter.grad)
