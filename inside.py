@@ -240,7 +240,7 @@ def draw_masks(runs: list[Run]):
     for run in runs:
         fixed, rates = run.masks
         if (fixed == 0).any():
-            panels.append((run, draw_fixed, fixed))
+            panels.append((run, figures.draw_fixed, fixed))
         if (rates < 1).any():
             changes = (rates != rates[:, :1]).any()
             panels.append((run, figures.draw_schedule if changes else figures.draw_rates, rates))

@@ -4,13 +4,15 @@
     mean, low, high, n = paired_difference({0: 93.1, 1: 94.0}, {0: 92.5, 1: 93.8})
 
 Two methods with the same seeds share batches and heads: their difference, seed by seed, varies less
-than either does.
+than either does. `compare` does that for a whole table.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+
+from files import RunError
 
 SHARE = 0.95  # of an interval
 
@@ -65,3 +67,54 @@ def paired_difference(
     if not differences:
         return None, None, None, 0
     return *interval(differences), len(differences)
+
+
+def compare(rows: list, words: str) -> None:
+    """Fill in, in place, the paired difference of each table.Row to one configuration of its table.
+
+    `words` are the method's name, settings as in mask_prob=0, or both, and fit one configuration. A
+    mean of tasks is compared if both are over all tasks. Raises RunError, listing what there is,
+    if they fit none or several in every table.
+    """
+    tables: dict[tuple, list] = {}
+    for row in rows:
+        tables.setdefault((row.benchmark, row.split), []).append(row)
+    found = []
+    for members in tables.values():
+        fit = {row.configuration for row in members if fits(row, words)}
+        found += sorted(fit)
+        if len(fit) != 1:
+            continue
+        others = {row.task: row for row in members if row.configuration in fit}
+        for row in members:
+            other = others.get(row.task)
+            if not other or other is row or row.of > 1 and not (row.official and other.official):
+                continue
+            *numbers, row.pairs = paired_difference(row.scores, other.scores)
+            row.difference, row.low, row.high = map(rounded, numbers)
+            row.against = other.configuration
+    if not any(row.against for row in rows):
+        names = ", ".join(found or sorted({row.configuration for row in rows}))
+        problem = "fits several" if found else "fits none"
+        raise RunError(f"--against {words!r} {problem} of these configurations: {names}")
+
+
+def fits(row, words: str) -> bool:
+    """Whether all of these words are in the row's configuration, numbers compared as numbers."""
+    own = set(map(plain, row.configuration.split()))
+    return {plain(word) for word in words.split()} <= own
+
+
+def plain(word: str) -> str:
+    """A setting as in mask_prob=0.0 in one spelling: mask_prob=0."""
+    name, equals, value = word.lstrip("-").partition("=")
+    try:
+        value = f"{float(value):g}"
+    except ValueError:  # no number
+        pass
+    return f"{name.replace('-', '_')}{equals}{value}"
+
+
+def rounded(value: float | None) -> float | None:
+    """To two digits, without a zero's minus."""
+    return None if value is None else round(value, 2) + 0.0

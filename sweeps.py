@@ -84,7 +84,7 @@ def draw_sweep(sweeps: dict[tuple, dict], setting: str):
     """Top-1 over the setting, a plot for each data set and split: the mean of the seeds and its
     95 % interval, and for methods without the setting a level line."""
     most = max(map(len, sweeps.values()))  # lines of a plot
-    size = 3.6 if len(sweeps) > 1 else 5.0, 2.6 + 0.17 * most
+    size = 3.6 if len(sweeps) > 1 else 5.0, 2.8 + 0.17 * most
     figure, axes = tile(len(sweeps), 2, size)
     for axis, ((dataset, split), lines) in zip(axes, sweeps.items(), strict=True):
         values = {value for points in lines.values() for value in points if value is not None}
