@@ -21,7 +21,15 @@ from files import RunError, whole
 FORMATS = (".png", ".pdf", ".svg")
 LOOKS = ["o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:", "h-"]  # told apart in grey too
 SHADES = "cividis"  # from dark to light, for the colour blind and in grey
-SMALL = {"fontsize": 7, "title_fontsize": 7}  # of a legend
+SIZES = {  # points, for a page
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
+}
 PAGE = 7.2  # inches: the width of a page's text
 
 
@@ -35,6 +43,7 @@ def start():
     from matplotlib import pyplot
 
     pyplot.style.use("tableau-colorblind10")
+    pyplot.rcParams.update(SIZES)
     pyplot.rcParams["text.parse_math"] = False  # a class may be called $5
     return pyplot
 
@@ -51,7 +60,6 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]):
         layout="constrained",
     )
     for axis in axes.flat:
-        axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     return figure, axes
 
@@ -72,74 +80,28 @@ def fold(words: str, width: int = 20) -> str:
 
 
 def heat(axis, values: Tensor, highest: float):
-    """A map of values (rows, columns) from 0 to the highest; grey where there is none (nan)."""
+    """A map of values (rows, columns) from 0 to the highest; hatched where there is none (nan)."""
     axis.grid(False)
-    axis.set_facecolor("0.85")
-    shown = axis.imshow(values.numpy(), vmin=0, vmax=highest or 1, cmap=SHADES, aspect="auto")
-    axis.tick_params(labelsize=7, length=2)
+    axis.patch.set(facecolor="white", hatch="/////", edgecolor="0.7")
+    highest = highest or 1.0
+    shown = axis.imshow(values.numpy(), vmin=0, vmax=highest, cmap=SHADES, aspect="auto")
+    axis.tick_params(length=2)
     axis.xaxis.get_major_locator().set_params(integer=True)
     return shown
 
 
 def add_bar(figure, shown, axes, words: str) -> None:
     """A colour bar for a map, with what the colours mean."""
-    bar = figure.colorbar(shown, ax=axes, aspect=6 * figure.get_figheight())
-    bar.ax.tick_params(labelsize=7)
-    bar.set_label(words, fontsize=8)
+    slim = 6 * figure.get_figheight()
+    bar = figure.colorbar(shown, ax=axes, aspect=slim)
+    bar.set_label(words)
 
 
 def label_layers(axis, names: list[str]) -> None:
     """The layers' names along a vertical axis: all, or as many as there is room for."""
     step = math.ceil(len(names) / 12)
-    axis.set_yticks(range(0, len(names), step), names[::step], fontsize=7)
-
-
-def draw_fixed(axis, masks: Tensor) -> None:
-    """Fixed masks (layers, rank): dark is kept, white is masked for good."""
-    axis.grid(False)
-    places = range(masks.shape[1]), range(len(masks))
-    looks = {"vmin": -0.3, "vmax": 1, "edgecolors": "0.6", "linewidth": 0.5}
-    axis.pcolormesh(*places, (1 - masks).numpy(), cmap="gray", shading="nearest", **looks)
-    axis.invert_yaxis()
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    count = masks.sum(1).mean()
-    words = f"expert (dark: kept for good, {count:.1f} of {masks.shape[1]} a layer)"
-    axis.set_xlabel(words, fontsize=8)
-
-
-def draw_rates(axis, rates: Tensor) -> None:
-    """The keep rate of each layer, which does not change."""
-    layers, last = range(len(rates)), rates[:, -1].tolist()
-    axis.barh(layers, last, height=0.7)
-    for layer, rate in enumerate(last):
-        axis.text(rate + 0.02, layer, f"{rate:.2f}", va="center", fontsize=7)
-    axis.set(xlim=(0, 1.15), ylim=(len(rates) - 0.5, -0.5))
-    axis.set_xlabel("share of the experts that a step keeps", fontsize=8)
-
-
-def draw_schedule(axis, rates: Tensor) -> None:
-    """The keep rates (layers, epochs) of a schedule."""
-    shown = heat(axis, rates, 1)
-    shown.set_extent((0.5, rates.shape[1] + 0.5, len(rates) - 0.5, -0.5))
-    axis.set_xlabel("epoch", fontsize=8)
-    add_bar(axis.figure, shown, axis, "share of the experts kept")
-
-
-def draw_counts(axis, counts: Tensor, share: Tensor, names: list[str]):
-    """How many images of each class (rows) are taken for each (columns), coloured by `share`."""
-    shown = heat(axis, share, 1)
-    for row, line in enumerate(counts.tolist()):
-        for column, count in enumerate(line):
-            color = "black" if share[row, column] > 0.5 else "white"
-            if count:
-                axis.text(column, row, count, ha="center", va="center", fontsize=6, color=color)
-    axis.set_box_aspect(1)
-    turn = 90 if max(map(len, names)) > 2 else 0
-    axis.set_xticks(range(len(names)), names, fontsize=7, rotation=turn)
-    axis.set_yticks(range(len(names)), names, fontsize=7)
-    axis.set_xlabel("the model says", fontsize=8)
-    axis.set_ylabel("right", fontsize=8)
-    return shown
+    places = range(0, len(names), step)
+    axis.set_yticks(places, names[::step])
 
 
 def check_file(path: Path) -> None:

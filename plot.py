@@ -29,10 +29,11 @@ from tqdm import tqdm
 import data
 from baselines import METHODS
 from eval import read_config
-from figures import FORMATS, LOOKS, PAGE, SMALL, check_file, draw_method, new_figure, save
+from figures import FORMATS, LOOKS, PAGE, check_file, draw_method, new_figure, save
 from files import RunError, check_shape, read_log
 from flags import DEVICES, Parser, printable
-from inside import NoPicture, Run, draw_attention, draw_confusion, draw_experts, draw_masks
+from inside import NoPicture, Run
+from pictures import draw_attention, draw_confusion, draw_experts, draw_masks
 from runs import collect, one_line, pick_device
 from splits import Missing
 from sweeps import draw_sweep, read_sweep
@@ -42,7 +43,7 @@ MODELS = {  # the pictures of what lies inside models: what of inside.Run they s
     "experts": ("experts", draw_experts),
     "masks": ("masks", draw_masks),
     "attention": ("attention", draw_attention),
-    "confusion": ("answers", draw_confusion),
+    "confusion": ("confusion", draw_confusion),
 }
 PICTURES = ["curves", *MODELS]
 IDENTITY = {"identity": {"method": str, "seed": range(2**31)}}
@@ -87,9 +88,9 @@ def draw_curves(curves: dict[str, list[list[dict]]]):
     for logs in curves.values():
         logged.update(logs[0][0])
     if "similarity" in logged:
-        panels["similarity"] = "mean |cosine| of two experts"
+        panels["similarity"] = "mean |cosine| of experts"
     wordy = max(map(len, curves)) > 45
-    height = 2.2 + 0.17 * len(curves) / (1 if wordy else 2)
+    height = 2.5 + 0.17 * len(curves) / (1 if wordy else 2)
     figure, axes = new_figure(1, len(panels), (PAGE / len(panels), height))
     for look, (name, logs) in zip(itertools.cycle(LOOKS), curves.items(), strict=False):
         epochs = range(1, len(logs[0]) + 1)
@@ -106,13 +107,13 @@ def draw_curves(curves: dict[str, list[list[dict]]]):
             low, high = list(map(min, by_epoch)), list(map(max, by_epoch))
             axis.fill_between(epochs, low, high, alpha=0.2)
     for axis, words in zip(axes[0], panels.values(), strict=True):
-        axis.set_xlabel("epoch", fontsize=8)
-        axis.set_ylabel(words, fontsize=8)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(words)
     handles, names = axes[0, 0].get_legend_handles_labels()
     several = any(len(logs) > 1 for logs in curves.values())
     title = "mean and range over seeds" if several else None
     place = {"loc": "outside lower center", "ncols": 1 if wordy else 2}
-    figure.legend(handles, names, title=title, **place, **SMALL)
+    figure.legend(handles, names, title=title, **place)
     return figure
 
 
