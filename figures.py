@@ -23,6 +23,7 @@ LOOKS = ["o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:", "h-"]  # told apart
 SHADES = "cividis"  # from dark to light, for the colour blind and in grey
 SIZES = {  # points, for a page
     "font.size": 8,
+    "figure.titlesize": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
     "xtick.labelsize": 7,

@@ -100,8 +100,9 @@ def draw_curves(curves: dict[str, list[list[dict]]]):
             if column not in logs[0][0]:
                 axis.plot([], [], look)  # the next line keeps its colour
                 continue
-            by_seed = [[row[column] for row in rows] for rows in logs]
-            by_epoch = list(zip(*by_seed, strict=True))
+            by_epoch = []
+            for rows in zip(*logs, strict=True):  # of one epoch, a row for each seed
+                by_epoch.append([row[column] for row in rows])
             mean = list(map(statistics.mean, by_epoch))
             axis.plot(epochs, mean, look, label=words, **looks)
             low, high = list(map(min, by_epoch)), list(map(max, by_epoch))

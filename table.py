@@ -256,8 +256,8 @@ def notes(rows: list[Row]) -> str:
 
 
 def grid(rows: list[Row], show: Callable | None = None) -> list[list[str]]:
-    """Lines of cells, by `cell` or `show`: a line for each configuration and a column for each task and mean, or the
-    other way round where there are many tasks."""
+    """Lines of cells, as `cell` or `show` writes them: a line for each configuration and a column
+    for each task and mean, or the other way round where there are many tasks."""
     names = sorted({row.configuration for row in rows})
     tasks = list(dict.fromkeys(row.task for row in rows))
     text = {(row.configuration, row.task): (show or cell)(row) for row in rows}
