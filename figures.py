@@ -31,6 +31,7 @@ SIZES = {  # points, for a page
     "legend.fontsize": 7,
     "legend.title_fontsize": 7,
 }
+MOST = 12  # layers of which each has its words
 PAGE = 7.2  # inches: the width of a page's text
 
 
@@ -100,7 +101,7 @@ def add_bar(figure, shown, axes, words: str) -> None:
 
 def label_layers(axis, names: list[str]) -> None:
     """The layers' names along a vertical axis: all, or as many as there is room for."""
-    step = math.ceil(len(names) / 12)
+    step = math.ceil(len(names) / MOST)
     places = range(0, len(names), step)
     axis.set_yticks(places, names[::step])
 

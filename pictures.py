@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from figures import PAGE, add_bar, fold, heat, label_layers, new_figure, start, tile
+from figures import MOST, PAGE, add_bar, fold, heat, label_layers, new_figure, start, tile
 from inside import NoPicture, Run, importance, similarity
 
 ROW = 6  # maps of similarity beside each other
@@ -132,7 +132,7 @@ def draw_rates(axis, rates: Tensor) -> None:
     """The keep rate of each layer, which does not change."""
     last = rates[:, -1].tolist()
     axis.barh(range(len(last)), last, height=0.7)
-    for layer, rate in enumerate(last):
+    for layer, rate in enumerate(last if len(last) <= MOST else []):
         axis.text(rate + 0.02, layer, f"{rate:.2f}", va="center")
     axis.set(xlim=(0, 1.15))
     axis.invert_yaxis()
