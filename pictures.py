@@ -132,7 +132,8 @@ def draw_rates(axis, rates: Tensor) -> None:
     """The keep rate of each layer, which does not change."""
     last = rates[:, -1].tolist()
     axis.barh(range(len(last)), last, height=0.7)
-    for layer, rate in enumerate(last if len(last) <= MOST else []):
+    shown = last if len(last) <= MOST else []
+    for layer, rate in enumerate(shown):
         axis.text(rate + 0.02, layer, f"{rate:.2f}", va="center")
     axis.set(xlim=(0, 1.15))
     axis.invert_yaxis()
@@ -163,7 +164,8 @@ def draw_attention(runs: list[Run]):
         if not same_images or not found.before.equal(first.before):
             raise NoPicture(f"{run.name} has other images or another backbone: name one run")
         lines[run.name] = found.after, found.answers
-    top = highest([shares for shares, _ in lines.values()])
+    maps = [shares for shares, _ in lines.values()]
+    top = highest(maps)
     columns = len(first.names)
     size = PAGE / columns, 1.15
     figure, axes = new_figure(1 + len(lines), columns, size)
