@@ -38,8 +38,8 @@ import model as models
 import runs
 from backbone import ModelError, create_backbone, input_size, parameter_groups, recompute_blocks
 from baselines import MAIN, METHODS, Method
+from figures import draw_sweeps
 from flags import AMP, COUNT, DEVICES, FRACTION, WHOLE, Parser
-from plot import draw_sweeps
 from runs import RunError
 from table import as_markdown
 from train import train_step

@@ -229,5 +229,7 @@ def suite_parser(manual: str | None = None) -> Parser:
     flag("--search-seed", nargs="+", type=WHOLE, default=[0], metavar="SEED", help=help_of_seeds)
     flag = parser.add_argument_group("table").add_argument
     flag("--table", metavar="FOLDER", type=Path, help="print the runs in a folder, run nothing")
+    help_of_pairs = "in that table the paired difference to this, as in: lora, or mask-prob=0"
+    flag("--against", metavar="WORDS", help=help_of_pairs)
     flag("--format", choices=FORMATS, default="markdown", help="of the table (default: markdown)")
     return parser

@@ -4,6 +4,7 @@
     python suite.py --method mlae lora --lr 5e-4 1e-3 2e-3   # every combination, on the demo
     python suite.py --method mlae lora --lr 4e-3 8e-3 --choose lr --seed 0 1 2   # tuned alike
     python suite.py --table runs --format markdown           # what is in a folder, as one table
+    python suite.py --table runs --against lora              # and the paired difference to that
 
 With --choose, every value of those flags is tried first: trained on 800 images and scored on
 val200, for each task, method and other setting by itself. The best mean is chosen, of equals the
@@ -37,6 +38,7 @@ import train
 from baselines import METHODS
 from files import whole
 from runs import Diverged, RunError, collect, one_line
+from stats import compare
 from table import rows_of, summary, tabulate
 
 
@@ -185,15 +187,20 @@ def write_search(path: Path, names: list[str], trials: list[Trial], best: list[T
 
 def main(argv: list[str] | None = None) -> None:
     args = suite_parser(__doc__).parse_args(argv)
-    folder, form = args.table, args.format
-    del args.table, args.format
+    folder, form, against = args.table, args.format, args.against
+    del args.table, args.format, args.against
     with one_line("suite.py"):
         if folder:
             known = collect(folder, tasks=data.TASKS, methods=METHODS)
             if not known:
                 raise RunError(f"--table: there is no finished run in {folder}")
-            print(tabulate(rows_of(known), form))
+            rows = rows_of(known)
+            if against:
+                compare(rows, against)
+            print(tabulate(rows, form))
             return
+        if against:
+            raise RunError("--against is for --table")
         args.resume = None  # what was interrupted goes on, what was not starts
         names, left_out = [], {}
         if args.choose:

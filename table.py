@@ -1,6 +1,7 @@
 """The table of what has been run: means over seeds, tasks and groups, beside published results.
 
     rows = rows_of(collect("runs", tasks=data.TASKS, methods=METHODS))
+    compare(rows, "lora")  # of stats.py: the paired difference of each to that one
     print(tabulate(rows, "latex"))
 
 A mean over tasks counts official data alone, and every task has the same seeds in it.
@@ -12,7 +13,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,7 +33,9 @@ class Row:
 
     `top1` is in percent over n seeds, `std` their sample standard deviation. `official`: all data
     are the benchmark's own, and of a mean `tasks` of `of` tasks are there with the same seeds.
-    `chosen`: the settings that were chosen on val200.
+    `chosen`: the settings that were chosen on val200. `scores`: top-1 by seed. `against` names the
+    configuration that `difference` is to, over `pairs` common seeds with its 95 % interval from
+    `low` to `high`; see `stats.compare`.
     """
 
     group: str
@@ -50,6 +53,12 @@ class Row:
     method: str = ""
     configuration: str = ""
     chosen: dict = field(default_factory=dict)
+    scores: dict = field(default_factory=dict)
+    against: str = ""
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    pairs: int = 0
 
 
 def rows_of(results: list[Result], chosen: Sequence[str] = ()) -> list[Row]:
@@ -112,6 +121,7 @@ def task_rows(benchmark: str, found: dict) -> list[Row]:
         scores = {seed: result.top1 for seed, result in results.items()}
         row = Row(task.group, task.name, is_official(results), *over_seeds(scores))
         row.data = "; ".join(sorted(sources))
+        row.scores = scores
         rows.append(row)
     return rows
 
@@ -146,6 +156,7 @@ def mean_row(name: str, mean: dict, scores: list[dict], of: int) -> Row:
     whole = len(scores) == of and None not in mean
     row = Row("mean", name, whole, *over_seeds(mean), tasks=len(scores), of=of)
     row.n = min(map(len, scores)) if mean else 0
+    row.scores = {seed: round(top1, 4) for seed, top1 in mean.items() if seed is not None}
     return row
 
 
@@ -197,10 +208,14 @@ def tabulate(rows: list[Row], form: str = "markdown") -> str:
     blocks = []
     for benchmark, split in dict.fromkeys((row.benchmark, row.split) for row in rows):
         own = [row for row in rows if row.benchmark == benchmark and row.split == split]
+        lines = [grid(own)]
+        compared = [row for row in own if row.against]
+        if compared:
+            lines.append(grid(compared, difference))
         if form == "latex":
-            blocks.append(as_latex(grid(own)))
+            blocks += map(as_latex, lines)
         else:
-            blocks += [*partial(own), as_markdown(grid(own)), notes(own)]
+            blocks += [*partial(own), *map(as_markdown, lines), notes(own)]
     if form == "latex":
         return "\n\n".join(blocks)
     blocks.append(PROTOCOL)
@@ -241,13 +256,15 @@ def notes(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def grid(rows: list[Row]) -> list[list[str]]:
-    """Lines of cells: a line for each configuration and a column for each task and mean, or the
-    other way round where there are many tasks."""
+def grid(rows: list[Row], show: Callable | None = None) -> list[list[str]]:
+    """Lines of cells, as `cell` or `show` writes them: a line for each configuration and a column
+    for each task and mean, or the other way round where there are many tasks."""
     names = sorted({row.configuration for row in rows})
     tasks = list(dict.fromkeys(row.task for row in rows))
-    text = {(row.configuration, row.task): cell(row) for row in rows}
+    text = {(row.configuration, row.task): (show or cell)(row) for row in rows}
     corner = f"{rows[0].benchmark}, {rows[0].split} top-1 (%)"
+    if show:
+        corner = f"{rows[0].split} top-1 minus that of {rows[0].against}, paired [95 %]"
     if len(tasks) <= WIDE:
         lines = [[corner, *tasks]]
         for name in names:
@@ -268,6 +285,14 @@ def cell(row: Row) -> str:
     deviation = "" if row.std is None else f" ± {row.std:.2f}"
     mark = "*" if row.of == 1 else f"[{row.tasks} of {row.of} tasks]"
     return f"{row.top1:.2f}{deviation} ({row.n}) {'' if row.official else mark}".rstrip()
+
+
+def difference(row: Row) -> str:
+    """For example -1.00 [-2.10, 0.10] (5): the mean, its interval and how many seeds are common."""
+    if row.difference is None:
+        return "-"
+    ends = "" if row.low is None else f" [{row.low:.2f}, {row.high:.2f}]"
+    return f"{row.difference:+.2f}{ends} ({row.pairs})"
 
 
 def as_markdown(lines: list[list[str]]) -> str:

@@ -106,7 +106,7 @@ def test_the_product_of_all_values(tmp_path, capsys, monkeypatch):
     words = "--method mlae lora linear --rank 2 4 --mask-prob 0.1 0.5 --targets attn.qkv mlp.fc1,mlp.fc2"
     args = flags.suite_parser().parse_args(words.split())
     args.resume = None
-    del args.table, args.format
+    del args.table, args.format, args.against
     found = set()
     for run in suite.combinations(args):
         targets = tuple(run.targets) if run.method != "linear" else None
