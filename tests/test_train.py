@@ -354,16 +354,17 @@ def test_damaged_images_stop_the_run_before_it_writes(run, cifar, capsys):
 
 def test_a_damaged_test_image_costs_no_training(run, cifar, capsys, monkeypatch):
     whole = (cifar / "images/3.png").read_bytes()
-    (cifar / "images/1003.png").unlink()
-    (cifar / "images/1003.png").write_bytes(whole[: len(whole) // 2])  # its header is whole
+    listed = (cifar / "test.txt").read_text()
+    (cifar / "test.txt").write_text(listed.replace("images/100/3.png", "images/other.png"))
+    (cifar / "images/other.png").write_bytes(whole[: len(whole) // 2])  # its header is whole
     arguments = ["--dataset", "cifar", "--model", "vit_nano"]
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
     captured = capsys.readouterr()
-    assert stop.value.code == 2 and "1003.png" in captured.err and captured.err.count("\n") == 1
+    assert stop.value.code == 2 and "other.png" in captured.err and captured.err.count("\n") == 1
     (folder,) = Path("runs/cifar").iterdir()
     assert {"state.pt", "adapter.safetensors"} <= {file.name for file in folder.iterdir()}
-    (cifar / "images/1003.png").write_bytes(whole)
+    (cifar / "images/other.png").write_bytes(whole)
     monkeypatch.setattr(train, "train_step", None)  # nothing trains again
     assert "test_top1" in run(*arguments, "--resume")
 
