@@ -451,10 +451,11 @@ def test_the_command_line_itself(tmp_path):
         bad.returncode == 2
         and bad.stderr == "train.py: error: unknown dataset 'cifra': did you mean 'cifar'?\n"
     )
-    for script in ("train.py", "suite.py"):  # it answers at once: nothing slow is imported
+    scripts = {"train.py": "--mask-prob", "suite.py": "--mask-prob", "data.py": "--data-dir"}
+    for script, flag in scripts.items():  # it answers at once: nothing slow is imported
         command = [sys.executable, "-X", "importtime", ROOT / script, "--help"]
         answer = subprocess.run(command, capture_output=True, text=True)
-        assert answer.returncode == 0 and "--mask-prob" in answer.stdout
+        assert answer.returncode == 0 and flag in answer.stdout
         assert "torch" not in answer.stderr and "timm" not in answer.stderr
         assert "numpy" not in answer.stderr
 
