@@ -40,6 +40,7 @@ def call(capsys, *arguments):
 
 
 SMALL = ["--device", "cpu", "--model", "vit_nano", "--epochs", 1, "--img-size", 14]
+SMALL += ["--batch-size", 250]
 
 
 @pytest.fixture
