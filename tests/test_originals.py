@@ -484,10 +484,14 @@ def test_resisc45_slices(tmp_path, monkeypatch):
     found = sources.read_originals(data.TASKS["resisc45"], tmp_path, ROLES, "original", True)
     assert found.digests["train800"].startswith("7c42d524") and len(found.images["test"]) == 6300
     assert found.digests["val200"].startswith("2a2bb0da")
-    names = sorted(splits.CONSTANTS["classes"]["resisc45"])
+    classes = sorted(names)
     for role in ROLES:
         for path, label in zip(found.images[role], found.labels[role], strict=True):
-            assert path.parent.name == names[label]
+            assert path.parent.name == classes[label]
+    names["airport"][3] = "airport_4.jpg"
+    changes = r"1 \(airport/airport_004.jpg\) missing, 1 \(airport/airport_4.jpg\) too many"
+    with pytest.raises(DataError, match=f"resisc45: {changes}, which changes"):
+        cut("resisc45", tmp_path)
 
 
 def test_sun397_folder(tmp_path, monkeypatch, made_up):
