@@ -22,11 +22,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from flags import data_parser
+
+if __name__ == "__main__":
+    data_parser().parse_args()  # --help and typing errors need not wait for torch
+
 import numpy as np
 from torchvision import datasets
 
 import originals
-from flags import Parser
 from images import NORMALIZE, Images, lines, normalizer  # noqa: F401
 from runs import one_line
 from sources import NUMBER, Found, Original, join, read, read_embedded, read_fgvc, read_vtab
@@ -326,15 +330,7 @@ def report(task: Task, root: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table; exit code 1 if something is damaged, 2 for wrong arguments."""
-    parser = Parser(
-        prog="data.py",
-        description="The table of tasks: classes, training, validation and test images, what "
-        "agrees with our official split,\nand what is there, proven. Downloads and trains nothing.",
-    )
-    flag = parser.add_argument
-    flag("--data-dir", default="data", help="the folder of all data sets (default: data)")
-    flag("--dataset", nargs="+", default=list(SUITES), help="tasks, vtab, fgvc (default: both)")
-    args = parser.parse_args(argv)
+    args = data_parser().parse_args(argv)
     with one_line("data.py"):
         if not Path(args.data_dir).is_dir():
             raise DataError(f"--data-dir: there is no folder {args.data_dir}")

@@ -233,3 +233,18 @@ def suite_parser(manual: str | None = None) -> Parser:
     flag("--against", metavar="WORDS", help=help_of_pairs)
     flag("--format", choices=FORMATS, default="markdown", help="of the table (default: markdown)")
     return parser
+
+
+def data_parser() -> Parser:
+    """The parser of data.py."""
+    parser = Parser(
+        prog="data.py",
+        usage="data.py [flags]",
+        description="The table of tasks: classes, training, validation and test images, what "
+        "agrees with our official split,\nand what is there, proven. Downloads and trains nothing.",
+    )
+    flag = parser.add_argument
+    flag("--data-dir", default="data", help="the folder of all data sets (default: data)")
+    help_of_tasks = "tasks, vtab, fgvc (default: both)"
+    flag("--dataset", nargs="+", default=["vtab", "fgvc"], help=help_of_tasks)
+    return parser

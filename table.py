@@ -206,7 +206,9 @@ def tabulate(rows: list[Row], form: str = "markdown") -> str:
     if form == "csv":
         return as_csv(rows)
     blocks = []
-    for benchmark, split in dict.fromkeys((row.benchmark, row.split) for row in rows):
+    pairs = dict.fromkeys((row.benchmark, row.split) for row in rows)
+    # val comes first: published results, which stand at the end, are of test images
+    for benchmark, split in sorted(pairs, key=lambda pair: pair[1] == "test"):
         own = [row for row in rows if row.benchmark == benchmark and row.split == split]
         lines = [grid(own)]
         compared = [row for row in own if row.against]
@@ -307,7 +309,9 @@ def as_markdown(lines: list[list[str]]) -> str:
 
 def as_latex(lines: list[list[str]]) -> str:
     r"""A tabular; its document needs \usepackage{booktabs}."""
-    escapes = {"_": r"\_", "%": r"\%", "&": r"\&", "±": r"$\pm$", "#": r"\#"}
+    escapes = {char: f"\\{char}" for char in "_%&#${}"}
+    escapes |= {"±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    escapes["\\"] = r"\textbackslash{}"
     text = []
     for line in lines:
         cells = [word.translate(str.maketrans(escapes)) for word in line]

@@ -65,6 +65,29 @@ def cut(name, root, roles=ROLES):
     return [(found.images[role], found.labels[role]) for role in roles]
 
 
+class Listed:
+    """A folder of which there are only the names, {folder: files}: to make files takes long."""
+
+    def __init__(self, path, names):
+        self.path, self.name, self.names = path, path.name, names
+
+    def iterdir(self):
+        files = self.names if isinstance(self.names, dict) else dict.fromkeys(self.names)
+        return [Listed(self.path / name, inside) for name, inside in files.items()]
+
+    def is_dir(self):
+        return self.names is not None
+
+    def __truediv__(self, name):
+        return self.path / name
+
+
+def listed(monkeypatch, root, place, names):
+    """Let the originals in <root>/<place> have these names."""
+    (root / place).mkdir(parents=True)
+    monkeypatch.setattr(originals, "find", lambda *arguments: Listed(root / place, names))
+
+
 def small(monkeypatch, name, counts, *slices):
     """Let a task's originals be few, cut into these slices (split, start, count)."""
     few = [Slice(split, start, start + count) for split, start, count in slices]
@@ -157,11 +180,9 @@ def test_a_changed_file_of_caltech101_is_named(caltech, change):
     assert re.search(r"which changes \d+ of train800, \d+ of val200, [1-9]\d* of test", message)
 
 
-def test_eurosat_slices(tmp_path):
-    for name, count in EUROSAT.items():
-        (tmp_path / "eurosat/2750" / name).mkdir(parents=True)
-        for i in range(1, count + 1):
-            (tmp_path / "eurosat/2750" / name / f"{name}_{i}.jpg").touch()
+def test_eurosat_slices(tmp_path, monkeypatch):
+    names = {n: [f"{n}_{i}.jpg" for i in range(1, count + 1)] for n, count in EUROSAT.items()}
+    listed(monkeypatch, tmp_path, "eurosat/2750", {**names, "readme.txt": None})
     (train, labels), (val, _), (test, test_labels) = cut("eurosat", tmp_path)
     order = by_hand(
         [f"{n}_{n}_{i}.jpg" for n, count in EUROSAT.items() for i in range(1, count + 1)], "train"
@@ -455,19 +476,22 @@ def test_packages_that_reading_needs(tmp_path, monkeypatch):
         cut("svhn", tmp_path)
 
 
-def test_resisc45_slices(tmp_path):
+def test_resisc45_slices(tmp_path, monkeypatch):
+    names = {}
     for name, count in splits.CONSTANTS["classes"]["resisc45"].items():
-        folder = tmp_path / "NWPU-RESISC45" / name
-        folder.mkdir(parents=True)
-        for i in range(1, count + 1):
-            (folder / f"{name}_{i:03}.jpg").touch()
+        names[name] = [f"{name}_{i:03}.jpg" for i in range(1, count + 1)]
+    listed(monkeypatch, tmp_path, "NWPU-RESISC45", names)
     found = sources.read_originals(data.TASKS["resisc45"], tmp_path, ROLES, "original", True)
     assert found.digests["train800"].startswith("7c42d524") and len(found.images["test"]) == 6300
     assert found.digests["val200"].startswith("2a2bb0da")
-    names = sorted(splits.CONSTANTS["classes"]["resisc45"])
+    classes = sorted(names)
     for role in ROLES:
         for path, label in zip(found.images[role], found.labels[role], strict=True):
-            assert path.parent.name == names[label]
+            assert path.parent.name == classes[label]
+    names["airport"][3] = "airport_4.jpg"
+    changes = r"1 \(airport/airport_004.jpg\) missing, 1 \(airport/airport_4.jpg\) too many"
+    with pytest.raises(DataError, match=f"resisc45: {changes}, which changes"):
+        cut("resisc45", tmp_path)
 
 
 def test_sun397_folder(tmp_path, monkeypatch, made_up):

@@ -11,16 +11,25 @@ import sources
 import splits
 from splits import DataError, Missing
 
+SPLITS = ("train", "validation", "test")
+
 
 @pytest.fixture
 def fetch(monkeypatch, request):
-    """The real download with DTD's class replaced: it writes what the test tells it to, then stops or ends."""
+    """The real download, of a small DTD, with its class replaced: it writes what the test tells it
+    to, then stops or ends."""
     monkeypatch.setattr(sources, "_fetch", request.getfixturevalue("fetch_itself"))
 
     def use(download):
         task = data.TASKS["dtd"]
         changed = dataclasses.replace(task.original, fetch=(download,))
-        monkeypatch.setitem(data.TASKS, "dtd", dataclasses.replace(task, original=changed))
+        few = dataclasses.replace(task, original=changed, sizes=(40, 20, 60))
+        monkeypatch.setitem(data.TASKS, "dtd", few)
+        slices = [
+            splits.Slice(name, 0, count) for name, count in zip(SPLITS, few.sizes, strict=True)
+        ]
+        cut = splits.Cut(dict.fromkeys(SPLITS, 60), *slices, ordered=True)
+        monkeypatch.setitem(splits.CUTS, "dtd", cut)
 
     return use
 
@@ -78,7 +87,7 @@ def test_a_download_that_ends_is_moved_into_place(tmp_path, fetch, monkeypatch):
         for part in ("train", "val", "test"):
             folder = staging / "dtd/dtd"
             (folder / "labels").mkdir(parents=True, exist_ok=True)
-            keys = [f"c{i // 40:02}/{part}{i}.jpg" for i in range(1880)]
+            keys = [f"c{i // 40:02}/{part}{i}.jpg" for i in range(60)]
             (folder / "labels" / f"{part}1.txt").write_text("\n".join(keys))
             for key in keys:
                 (folder / "images" / key).parent.mkdir(parents=True, exist_ok=True)
@@ -88,10 +97,10 @@ def test_a_download_that_ends_is_moved_into_place(tmp_path, fetch, monkeypatch):
     monkeypatch.setitem(splits.CONSTANTS["keys"], "dtd", {})  # these are not DTD's names
     monkeypatch.setattr(splits, "_official_labels", lambda name, role: None)
     train, test = data.load("dtd", tmp_path, img_size=8)
-    assert train.description == "originals, JPEG images, 1000 train / 1880 test" and train.official
+    assert train.description == "originals, JPEG images, 60 train / 60 test" and train.official
     assert {path.name for path in tmp_path.iterdir()} == {"dtd"}
     fetch(None)  # it is there: nothing is fetched again
-    assert len(data.load("dtd", tmp_path)[1]) == 1880
+    assert len(data.load("dtd", tmp_path)[1]) == 60
     (tmp_path / "dtd/dtd/images" / test.items[7].parent.name / test.items[7].name).write_bytes(
         b"no image"
     )
@@ -109,21 +118,18 @@ LISTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def official_caltech(tmp_path_factory):
-    """A whole prepared Caltech101: the official labels in official order, small images."""
-    root = tmp_path_factory.mktemp("prepared")
+@pytest.fixture
+def official_caltech(tmp_path, monkeypatch):
+    """The lists of a whole prepared Caltech101: the official labels in official order, no images
+    (those of a prepared folder are opened in test_data.py)."""
+    monkeypatch.setattr(sources, "image_format", lambda path, where: "JPEG")
+    root = tmp_path / "official"
     folder = root / "vtab-1k/caltech101"
+    folder.mkdir(parents=True)
     lines = {}
     for role in splits.ROLES:
-        (folder / "images" / role).mkdir(parents=True)
         lines[role] = []
         for i, label in enumerate(splits._official_labels("caltech101", role)):
-            path = folder / "images" / role / f"{i:06}.jpg"
-            if i == 0:
-                Image.new("RGB", (4, 3)).save(path)
-            else:
-                path.symlink_to("000000.jpg")
             lines[role].append(f"images/{role}/{i:06}.jpg {label}")
     for name, roles in LISTS.items():
         listed = sum([lines[role] for role in roles], [])
@@ -132,10 +138,9 @@ def official_caltech(tmp_path_factory):
 
 
 def with_list(official_caltech, tmp_path, name, change):
-    """A copy of the prepared folder with one list changed; its images are linked."""
+    """A copy of the prepared folder with one list changed."""
     source, folder = official_caltech / "vtab-1k/caltech101", tmp_path / "vtab-1k/caltech101"
     folder.mkdir(parents=True)
-    (folder / "images").symlink_to(source / "images")
     for listing in source.glob("*.txt"):
         shutil.copy(listing, folder)
     listing = folder / f"{name}.txt"
@@ -210,8 +215,6 @@ def test_the_other_draw_of_caltech101_is_read_and_never_official(official_caltec
     def other(lines):
         return [*lines, lines[0].replace("000000", "extra")]
 
-    extra = official_caltech / "vtab-1k/caltech101/images/test/extra.jpg"
-    shutil.copy(extra.with_name("000000.jpg"), extra)
     test = prepared_caltech(with_list(official_caltech, tmp_path, "test", other))
     assert len(test) == 6085 and not test.official
     assert "6085 test images are another draw than the official one" in test.description

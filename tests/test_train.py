@@ -354,16 +354,17 @@ def test_damaged_images_stop_the_run_before_it_writes(run, cifar, capsys):
 
 def test_a_damaged_test_image_costs_no_training(run, cifar, capsys, monkeypatch):
     whole = (cifar / "images/3.png").read_bytes()
-    (cifar / "images/1003.png").unlink()
-    (cifar / "images/1003.png").write_bytes(whole[: len(whole) // 2])  # its header is whole
+    listed = (cifar / "test.txt").read_text()
+    (cifar / "test.txt").write_text(listed.replace("images/100/3.png", "images/other.png"))
+    (cifar / "images/other.png").write_bytes(whole[: len(whole) // 2])  # its header is whole
     arguments = ["--dataset", "cifar", "--model", "vit_nano"]
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
     captured = capsys.readouterr()
-    assert stop.value.code == 2 and "1003.png" in captured.err and captured.err.count("\n") == 1
+    assert stop.value.code == 2 and "other.png" in captured.err and captured.err.count("\n") == 1
     (folder,) = Path("runs/cifar").iterdir()
     assert {"state.pt", "adapter.safetensors"} <= {file.name for file in folder.iterdir()}
-    (cifar / "images/1003.png").write_bytes(whole)
+    (cifar / "images/other.png").write_bytes(whole)
     monkeypatch.setattr(train, "train_step", None)  # nothing trains again
     assert "test_top1" in run(*arguments, "--resume")
 
@@ -450,10 +451,11 @@ def test_the_command_line_itself(tmp_path):
         bad.returncode == 2
         and bad.stderr == "train.py: error: unknown dataset 'cifra': did you mean 'cifar'?\n"
     )
-    for script in ("train.py", "suite.py"):  # it answers at once: nothing slow is imported
+    scripts = {"train.py": "--mask-prob", "suite.py": "--mask-prob", "data.py": "--data-dir"}
+    for script, flag in scripts.items():  # it answers at once: nothing slow is imported
         command = [sys.executable, "-X", "importtime", ROOT / script, "--help"]
         answer = subprocess.run(command, capture_output=True, text=True)
-        assert answer.returncode == 0 and "--mask-prob" in answer.stdout
+        assert answer.returncode == 0 and flag in answer.stdout
         assert "torch" not in answer.stderr and "timm" not in answer.stderr
         assert "numpy" not in answer.stderr
 
