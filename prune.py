@@ -1,8 +1,8 @@
 """Fewer experts after the training: which to keep, and a model without the rest.
 
-    ranks = kept(model, 4)          # the 4 most important experts of each layer
-    ranks = kept(model, 0.5)        # half of all experts, wherever they are
-    smaller = prune(model, ranks)   # {path: numbers of the experts that stay}; model is left alone
+    experts = kept(model, 4)          # the 4 most important experts of each layer
+    experts = kept(model, 0.5)        # half of all experts, wherever they are
+    smaller = prune(model, experts)   # {path: numbers of the experts that stay}; model is left alone
 
 An expert's importance is |lambda_i| |a_i| |b_i|, the Frobenius norm of what it adds to the weight;
 an expert with a fixed mask has none. Nothing is trained again and nothing scaled. A pruned layer
@@ -39,8 +39,10 @@ def layers_of(model: nn.Module) -> dict[str, MLAELinear]:
 @torch.no_grad()
 def importance(layer: MLAELinear) -> Tensor:
     """|m_i lambda_i| |a_i| |b_i| (rank,) in float64."""
-    coefficient = (layer.lora_lambda * layer.expert_mask).double().abs()
-    return coefficient * layer.lora_A.double().norm(dim=1) * layer.lora_B.double().norm(dim=0)
+    coefficient = layer.lora_lambda * layer.expert_mask
+    rows = layer.lora_A.double().norm(dim=1)
+    columns = layer.lora_B.double().norm(dim=0)
+    return coefficient.double().abs() * rows * columns
 
 
 def kept(model: nn.Module, amount: int | float) -> dict[str, list[int]]:
@@ -50,20 +52,23 @@ def kept(model: nn.Module, amount: int | float) -> dict[str, list[int]]:
     of which a layer may then keep none. Raises ModelError for a number above the rank, or without
     experts to prune.
     """
-    scores = {name: importance(layer) for name, layer in layers_of(model).items()}
+    scores = {}
+    for name, layer in layers_of(model).items():
+        scores[name] = importance(layer)
     if isinstance(amount, int):
         most = max(len(values) for values in scores.values())
         if not 1 <= amount <= most:
             raise ModelError(f"--prune {amount}: a layer has {most} experts")
         return {name: _largest(values, amount) for name, values in scores.items()}
     overall = torch.cat(list(scores.values()))  # (experts of all layers,)
-    chosen = torch.tensor(_largest(overall, max(1, round(amount * len(overall)))))
-    ranks, start = {}, 0
-    for name, values in scores.items():
-        own = chosen[(chosen >= start) & (chosen < start + len(values))]
-        ranks[name] = (own - start).tolist()
-        start += len(values)
-    return ranks
+    count = max(1, round(amount * len(overall)))
+    stays = torch.zeros(len(overall), dtype=torch.bool)
+    stays[_largest(overall, count)] = True
+    numbers = {}
+    sizes = [len(values) for values in scores.values()]
+    for name, own in zip(scores, stays.split(sizes), strict=True):
+        numbers[name] = own.nonzero().flatten().tolist()
+    return numbers
 
 
 def _largest(values: Tensor, count: int) -> list[int]:
@@ -94,12 +99,15 @@ def shrink(model: nn.Module, ranks: dict[str, int]) -> None:
 
 @torch.no_grad()
 def _select(layer: MLAELinear, numbers: list[int]) -> None:
-    def part(parameter: nn.Parameter, of: Tensor) -> nn.Parameter:
-        return nn.Parameter(of.contiguous(), requires_grad=parameter.requires_grad)
-
-    layer.lora_A = part(layer.lora_A, layer.lora_A[numbers])
-    layer.lora_B = part(layer.lora_B, layer.lora_B[:, numbers])
-    layer.lora_lambda = part(layer.lora_lambda, layer.lora_lambda[numbers])
+    smaller = {
+        "lora_A": layer.lora_A[numbers],
+        "lora_B": layer.lora_B[:, numbers],
+        "lora_lambda": layer.lora_lambda[numbers],
+    }
+    for name, values in smaller.items():
+        trains = getattr(layer, name).requires_grad
+        parameter = nn.Parameter(values.contiguous(), requires_grad=trains)
+        setattr(layer, name, parameter)
     layer.expert_mask = layer.expert_mask[numbers]
     layer.rank = len(numbers)
 
@@ -115,10 +123,13 @@ def ladder(rank: int) -> list[int]:
 
 def size(model: nn.Module) -> tuple[int, int]:
     """(experts, parameters of the experts) over all layers of a model, its head not counted."""
-    layers = layers_of(model).values()
-    experts = sum(layer.rank for layer in layers)
-    width = [layer.lora_A.numel() + layer.lora_B.numel() + layer.rank for layer in layers]
-    return experts, sum(width)
+    experts = parameters = 0
+    for layer in layers_of(model).values():
+        experts += layer.rank
+        parameters += layer.lora_A.numel()
+        parameters += layer.lora_B.numel()
+        parameters += layer.lora_lambda.numel()
+    return experts, parameters
 
 
 def table(model: nn.Module, amounts: Sequence[int | float]) -> dict[int | float, nn.Module]:
@@ -126,7 +137,10 @@ def table(model: nn.Module, amounts: Sequence[int | float]) -> dict[int | float,
     if len(amounts) == 1:
         steps = ladder(max(layer.rank for layer in layers_of(model).values()))
         amounts = sorted({*steps, *amounts}, reverse=True)
-    return {amount: prune(model, kept(model, amount)) for amount in amounts}
+    rows = {}
+    for amount in amounts:
+        rows[amount] = prune(model, kept(model, amount))
+    return rows
 
 
 def print_table(
@@ -146,7 +160,9 @@ def write(folder: Path, smaller: nn.Module, config: dict) -> None:
 
     It has no metrics.json: tables of runs leave it out.
     """
-    ranks = {name: layer.rank for name, layer in layers_of(smaller).items()}
+    ranks = {}
+    for name, layer in layers_of(smaller).items():
+        ranks[name] = layer.rank
     config = config | {"arguments": vars(config["arguments"]), "ranks": ranks}
     with new(folder, "--out") as draft:
         draft.mkdir()

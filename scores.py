@@ -21,10 +21,13 @@ PAIRS = 5  # of classes, in the report
 def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 accuracy and its mean over classes, in percent, and mean cross-entropy in nats."""
     right = logits.argmax(1) == labels
+    top1 = right.sum().item() / len(labels)
+    mean = mean_over_classes(right, labels)
+    loss = F.cross_entropy(logits, labels).item()
     return {
-        "top1": round(100 * right.sum().item() / len(labels), 2),
-        "mean_class_top1": round(100 * mean_over_classes(right, labels), 2),
-        "loss": round(F.cross_entropy(logits, labels).item(), 6),
+        "top1": round(100 * top1, 2),
+        "mean_class_top1": round(100 * mean, 2),
+        "loss": round(loss, 6),
     }
 
 
@@ -33,13 +36,15 @@ def mean_over_classes(right: Tensor, labels: Tensor) -> float:
     images = labels.bincount()  # (classes,)
     hits = labels[right].bincount(minlength=len(images))
     occurs = images > 0
-    return (hits[occurs].double() / images[occurs]).mean().item()
+    shares = hits[occurs].double() / images[occurs]
+    return shares.mean().item()
 
 
 def top_accuracy(logits: Tensor, labels: Tensor, k: int = 5) -> float:
     """The share of images whose class is among the k largest logits; 1 if there are k classes."""
     best = logits.topk(min(k, logits.shape[1])).indices  # (N, k)
-    return (best == labels[:, None]).any(1).double().mean().item()
+    found = (best == labels[:, None]).any(1)
+    return found.double().mean().item()
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
@@ -51,9 +56,12 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float
     its accuracy is their share of right answers, its confidence the mean of that probability.
     """
     confidence, prediction = logits.double().softmax(1).max(1)  # (N,)
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    place = (confidence * bins).ceil().long()
+    place = place.clamp(1, bins) - 1
     gap = (prediction == labels).double() - confidence
-    return torch.zeros(bins).double().index_add(0, place, gap).abs().sum().item() / len(labels)
+    sums = torch.zeros(bins, dtype=torch.float64)
+    sums.index_add_(0, place, gap)
+    return sums.abs().sum().item() / len(labels)
 
 
 def confused(logits: Tensor, labels: Tensor, pairs: int = PAIRS) -> list[tuple[int, int, int, int]]:
@@ -68,18 +76,21 @@ def confused(logits: Tensor, labels: Tensor, pairs: int = PAIRS) -> list[tuple[i
     found = []
     for cell in worst.tolist():
         label, taken = divmod(cell, classes)
-        if counts[label, taken]:
-            found.append((label, taken, int(counts[label, taken]), int(images[label])))
+        count = counts[label, taken].item()
+        if count:
+            found.append((label, taken, count, images[label].item()))
     return found
 
 
 def report(logits: Tensor, labels: Tensor, names: list[str]) -> list[str]:
     """Lines for people: top-5, mean over classes, calibration, the most confused pairs."""
-    scores = score(logits, labels)
+    top5 = 100 * top_accuracy(logits, labels)
+    mean = score(logits, labels)["mean_class_top1"]
+    error = 100 * calibration_error(logits, labels)
     lines = [
-        f"top-5 {100 * top_accuracy(logits, labels):.2f} %",
-        f"mean over classes {scores['mean_class_top1']:.2f} %",
-        f"calibration error {100 * calibration_error(logits, labels):.2f} % ({BINS} bins)",
+        f"top-5 {top5:.2f} %",
+        f"mean over classes {mean:.2f} %",
+        f"calibration error {error:.2f} % ({BINS} bins)",
     ]
     for label, taken, count, images in confused(logits, labels):
         lines.append(f"{names[label]} taken for {names[taken]}: {count} of {images}")
