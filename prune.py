@@ -1,8 +1,8 @@
 """Fewer experts after the training: which to keep, and a model without the rest.
 
-    experts = kept(model, 4)          # the 4 most important experts of each layer
-    experts = kept(model, 0.5)        # half of all experts, wherever they are
-    smaller = prune(model, experts)   # {path: numbers of the experts that stay}; model is left alone
+    experts = kept(model, 4)         # the 4 most important experts of each layer
+    experts = kept(model, 0.5)       # half of all experts, wherever they are
+    smaller = prune(model, experts)  # of a dict, path -> numbers; model is left alone
 
 An expert's importance is |lambda_i| |a_i| |b_i|, the Frobenius norm of what it adds to the weight;
 an expert with a fixed mask has none. Nothing is trained again and nothing scaled. A pruned layer
