@@ -58,6 +58,8 @@ def test_peft_gives_the_same_logits(nano, images, tmp_path, settings):
         again = peft.PeftModel.from_pretrained(plain, tmp_path / "new" / "adapter").eval()(images)
     assert (again - logits).abs().max() < 1e-4 < (before - logits).abs().max()
     state = load_file(tmp_path / "new" / "adapter" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["head"]
     blocks = {key for key in state if ".lora_B." in key}
     assert len(blocks) == len(models.adapters(net))
 
