@@ -1,16 +1,20 @@
 """Score a finished run again, from its own files, as it was trained and merged.
 
     python eval.py runs/digits/mlae-vit_nano-seed0-...
+    python eval.py RUN --predictions answers.csv --features embeddings.npz    # of the scored images
+    python eval.py RUN --predict photos/            # a CSV of the five likeliest classes of each
+    python eval.py RUN --export onnx model.onnx     # or timm, torch, peft
+    python eval.py RUN --prune 4                    # the 4 most important experts of each layer
 
 It rebuilds the model of `config.json` with the weights of `adapter.safetensors`, scores it on the
 run's images (the test set; val200 after `--val`) and says whether the model merged into a plain
-timm model agrees. Exit code 0 if it does, 1 if not.
+timm model agrees. Exit code 0 if it does, 1 if not. Nothing is written but what a flag names, and
+nothing that is there already is overwritten.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import os
 import sys
@@ -19,19 +23,21 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import constants as hub
 from torch import Tensor, nn
 
 import data
 import model as models
-from backbone import ModelError, count_parameters, create_backbone, eval_mode, weights_of
+import predictions
+import prune
+from backbone import count_parameters, eval_mode, weights_of
 from baselines import METHODS
-from files import NUMBER, RunError, check_shape, read_json
-from flags import AMP, DEVICES, WHOLE, Parser
+from budget import adapter_size, nearest_rank, rank_within  # noqa: F401
+from export import AGREE, FORMATS, Base, check_place, export, preparation
+from files import NUMBER, RunError, check_new, check_shape, read_json
+from flags import AMP, parse_eval
 from runs import autocast, one_line, pick_device
-
-AGREE = 1e-4  # largest difference of a logit between the merged model and the one that was trained
+from scores import class_names, report, score
 
 LARGEST = 4096  # side of an image in pixels
 # what config.json must hold, and by the type of its default, a setting of the method
@@ -88,67 +94,18 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     )
 
 
-def adapter_size(method: str, sizes: dict[str, tuple[int, int]], **settings) -> int:
-    """How many parameters a method trains in layers {path: (in_features, out_features)}."""
-    row, count = METHODS[method], 0
-    own = row.own(settings)
-    plan = row.plan(list(sizes), own)
-    for (inputs, outputs), keywords in zip(sizes.values(), plan, strict=True):
-        layer = row.layer(inputs, outputs, device="meta", **keywords)
-        for name, parameter in layer.named_parameters():
-            if parameter.requires_grad and name not in row.fixed(own):
-                count += parameter.numel()
-    return count
-
-
-def nearest_rank(method: str, sizes: dict[str, tuple], budget: int, **settings) -> int:
-    """The rank at which `adapter_size` comes nearest to a number of parameters.
-
-    Raises ValueError for a method that has no rank, or no layers.
-    """
-    if "rank" not in METHODS[method].settings or not sizes:
-        raise ValueError(f"{method} has no rank to choose")
-    off = {}  # rank -> how far it is from the budget
-    for rank in itertools.count(1):
-        try:
-            off[rank] = adapter_size(method, sizes, **settings, rank=rank) - budget
-        except ValueError:
-            if rank % 2 == 0:  # a kernel refuses odd ranks; another setting is wrong
-                raise
-        if off.get(rank, -1) >= 0:
-            break
-    return min(off, key=lambda rank: abs(off[rank]))
-
-
-def rank_within(args: argparse.Namespace) -> int:
-    """The rank at which a run's adapters come nearest to args.budget parameters, head not counted.
-
-    Raises ModelError for a method without a rank.
-    """
-    plain = create_backbone(args.model, 1, pretrained=False, img_size=args.img_size)
-    sizes = {}
-    for name, rows in models.find_layers(plain, args.targets).items():
-        linear = plain.get_submodule(name)
-        sizes[name] = linear.in_features, len(rows) if rows else linear.out_features
-    names = METHODS[args.method].settings.keys() - {"rank"}
-    settings = {name: getattr(args, name) for name in names}
-    try:
-        rank = nearest_rank(args.method, sizes, args.budget, **settings)
-    except ValueError as error:
-        raise ModelError(f"--budget: {error}") from error
-    count = adapter_size(args.method, sizes, rank=rank, **settings)
-    print(f"--budget {args.budget:,}: rank {rank} is nearest, with {count:,} parameters")
-    return rank
+def mean_and_std(args: argparse.Namespace, model: nn.Module) -> tuple[tuple, tuple]:
+    """Of the inputs, a value per channel, as the run asks for."""
+    if args.normalize == "model":
+        return model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    return data.NORMALIZE[args.normalize]
 
 
 def create_normalizer(
     args: argparse.Namespace, model: nn.Module, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
     """(B, 3, S, S) uint8 -> float32 on the device, by the mean and std that the run asks for."""
-    if args.normalize == "model":
-        mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
-    else:
-        mean, std = data.NORMALIZE[args.normalize]
+    mean, std = mean_and_std(args, model)
     if not all(value > 0 for value in std):
         raise RunError(f"--normalize {args.normalize}: a standard deviation is 0")
     return data.normalizer(mean, std, device)
@@ -172,13 +129,6 @@ def predict(
             logits.append(model(normalize(x)).float())  # (B, classes)
             labels.append(y)
     return torch.cat(logits).cpu(), torch.cat(labels)
-
-
-def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 accuracy in percent and mean cross-entropy in nats."""
-    correct = (logits.argmax(1) == labels).sum().item()
-    loss = F.cross_entropy(logits, labels).item()
-    return {"top1": round(100 * correct / len(labels), 2), "loss": round(loss, 6)}
 
 
 def evaluate(
@@ -240,6 +190,8 @@ def load_run(folder: str | Path, checkpoint: str | None = None) -> tuple[nn.Modu
         raise RunError(
             f"{folder} was trained on {trained_on['tag']}, not on {weights['tag']} ({key} differs)"
         )
+    if "ranks" in config:  # pruned
+        prune.shrink(model, config["ranks"])
     models.load_adapter(model, folder / "adapter.safetensors")
     return model.eval(), config
 
@@ -255,49 +207,49 @@ def offline() -> Iterator[None]:
         hub.HF_HUB_OFFLINE = before
 
 
-def check(
-    folder: Path,
-    data_dir: str | None,
-    checkpoint: str | None,
-    device: torch.device,
-    workers: int,
-    download: bool = False,
-) -> bool:
-    """Print the scores of a run unmerged and merged; whether the two agree.
+def answers(
+    args: argparse.Namespace, model: nn.Module, config: dict, images: data.Images
+) -> tuple[Tensor, Tensor]:
+    """`predict` as the run was scored; RunError for logits that are not finite."""
+    device = next(model.parameters()).device
+    normalize = create_normalizer(config["arguments"], model, device)
+    logits, labels = predict(model, images, normalize, config["amp"], args.workers)
+    if not logits.isfinite().all():
+        raise RunError(f"{args.run}: the trained model's logits are not finite")
+    return logits, labels
 
-    A stranger's run may name any data and weights: what is not here is fetched with `download`
-    alone.
-    """
-    with nullcontext() if download else offline():
-        model, config = load_run(folder, checkpoint)
-    args = config["arguments"]
-    args.data_dir = data_dir or args.data_dir
-    if config["source"] in data.SOURCES:
-        args.source = config["source"]  # what was read then, whatever else is there now
-    model.to(device)
-    normalize = create_normalizer(args, model, device)
-    _, images = load_data(args, download)
 
+def check(args: argparse.Namespace, model: nn.Module, config: dict) -> bool:
+    """Print the scores of a run unmerged and merged; whether the two agree."""
+    run = config["arguments"]
+    _, images = load_data(run, args.download)
     tag = config["weights"]["tag"]
     counts = count_parameters(model)
     trained, head = counts["trainable"], counts["head"]
-    print(f"{args.method} on {args.dataset}, {tag}, seed {args.seed}: {images.description}")
+    print(f"{run.method} on {run.dataset}, {tag}, seed {run.seed}: {images.description}")
     print(f"parameters: {trained:,} trained, of them {head:,} in the head")
-    split = "val" if args.val else "test"
-    if (folder / "metrics.json").exists():
+    split = "val" if run.val else "test"
+    if (args.run / "metrics.json").exists():
         shape = {f"{split}_top1": (0, 100), f"{split}_loss": NUMBER}
-        metrics = read_json(folder / "metrics.json", shape)
+        metrics = read_json(args.run / "metrics.json", shape)
         top1, loss = metrics[f"{split}_top1"], metrics[f"{split}_loss"]
         print(f"reported  top-1 {top1:.2f} %   loss {loss:.6f}")
-    logits, labels = predict(model, images, normalize, config["amp"], workers)
-    if not logits.isfinite().all():
-        raise RunError(f"{folder}: the trained model's logits are not finite")
+    logits, labels = answers(args, model, config, images)
     scores = score(logits, labels)
     print(f"unmerged  top-1 {scores['top1']:.2f} %   loss {scores['loss']:.6f}")
-    if not METHODS[args.method].mergeable:
-        print(f"{args.method} cannot be merged: its update depends on the input")
+    classes = class_names(config, logits.shape[1])
+    for line in report(logits, labels, classes):
+        print(f"          {line}")
+    names = predictions.names_of(images, Path(run.data_dir))
+    if args.predictions:
+        rows = predictions.scored(names, labels, logits, classes)
+        predictions.write_csv(args.predictions, rows, "--predictions")
+    if args.features:
+        embed(args, model, config, images, names)
+    if not METHODS[run.method].mergeable:
+        print(f"{run.method} cannot be merged: its update depends on the input")
         return True
-    merged, labels = predict(models.merge(model), images, normalize, config["amp"], workers)
+    merged, labels = answers(args, models.merge(model), config, images)
     scores = score(merged, labels)
     print(f"merged    top-1 {scores['top1']:.2f} %   loss {scores['loss']:.6f}")
     difference = (merged - logits).abs().max().item()
@@ -307,20 +259,90 @@ def check(
     return agree
 
 
+def embed(args, model: nn.Module, config: dict, images: data.Images, names: list[str]) -> None:
+    """Write --features: what the head is given for each image."""
+    normalize = create_normalizer(config["arguments"], model, next(model.parameters()).device)
+    net = predictions.Embedding(model)
+    features, labels = predict(net, images, normalize, config["amp"], args.workers)
+    predictions.write_features(args.features, features, labels, names)
+
+
+def answer(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
+    """Print or write the likeliest classes of the images of --predict."""
+    run, place = config["arguments"], args.predict
+    images = predictions.open_images(place, run.img_size, data.TASKS[run.dataset].augment)
+    names = predictions.names_of(images, place if place.is_dir() else place.parent)
+    logits, _ = answers(args, model, config, images)
+    classes = class_names(config, logits.shape[1])
+    rows = predictions.best(names, logits, classes, args.top_k or 5)
+    predictions.show(rows, place, args.predictions)
+    if args.features:
+        embed(args, model, config, images, names)
+
+
+def hand_out(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
+    """Export a run, compare what was written on some of its images, print how to load it."""
+    run, (kind, path) = config["arguments"], args.export
+    try:
+        _, images = load_data(run, args.download)
+        batch = next(images.batches(8, 0))[0]
+        compared = f"{len(batch)} images of the run"
+    except data.DataError:
+        batch = torch.randint(256, (8, 3, run.img_size, run.img_size), dtype=torch.uint8)
+        compared = f"{len(batch)} random images (the run's are not here)"
+    x = create_normalizer(run, model, torch.device("cpu"))(batch)
+    view = data.Images([], [], run.img_size, augment=data.TASKS[run.dataset].augment)
+    about = preparation(view, *mean_and_std(run, model))
+    about |= {"class_names": config.get("class_names"), "weights": config["weights"]}
+    base = Base(run.model, model.num_classes, run.img_size, run.checkpoint, not run.no_pretrained)
+    difference = export(kind, Path(path), model, models.merge, base, x, about)
+    print(f"largest difference of a logit, on {compared}: {difference:.1e}")
+    print(f"done; to load it:\n{FORMATS[kind].line(Path(path), base)}")
+
+
+def cut(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
+    """Print accuracy against the number of experts; write the pruned run if one is asked for."""
+    folder, chosen = None, args.prune[0]
+    if len(args.prune) == 1:
+        run = args.run.resolve()
+        folder = args.out or run.with_name(f"{run.name}-prune{chosen}")
+        check_new(folder, "--out")
+    rows = prune.table(model, args.prune)
+    _, images = load_data(config["arguments"], args.download)
+    if not config["arguments"].val:
+        print("note: this looks at the test images again; choose on a run with --val")
+    prune.print_table(model, rows, lambda net: score(*answers(args, net, config, images))["top1"])
+    if folder:
+        prune.write(folder, rows[chosen], config)
+        print(f"python eval.py {folder}")
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    flag = parser.add_argument
-    flag("run", type=Path, help="a run's folder")
-    flag("--data-dir", help="where the data are now (default: where they were in training)")
-    flag("--checkpoint", help="where the backbone's file is now (default: where it was)")
-    flag("--download", action="store_true", help="fetch data and weights that are not here")
-    flag("--device", choices=DEVICES, default="auto", help="default: auto, the fastest here")
-    flag("--workers", type=WHOLE, default=4, help="image-decoding processes (0: the main process)")
-    args = parser.parse_args(argv)
+    args = parse_eval(__doc__, argv)
     with one_line("eval.py"):
-        device = pick_device(args.device)
-        places = args.data_dir, args.checkpoint
-        agree = check(args.run, *places, device, args.workers, args.download)
+        if args.predictions:
+            check_new(args.predictions, "--predictions", ".csv")
+        if args.features:
+            check_new(args.features, "--features", ".npz")
+        device = pick_device("cpu" if args.export else args.device)
+        if args.export:
+            check_place(args.export[0], Path(args.export[1]))
+        agree = True
+        with nullcontext() if args.download else offline():
+            model, config = load_run(args.run, args.checkpoint)
+            run = config["arguments"]
+            run.data_dir = args.data_dir or run.data_dir
+            if config["source"] in data.SOURCES:
+                run.source = config["source"]  # what was read then, whatever else is there now
+            model.to(device)
+            if args.predict:
+                answer(args, model, config)
+            elif args.export:
+                hand_out(args, model, config)
+            elif args.prune:
+                cut(args, model, config)
+            else:
+                agree = check(args, model, config)
     sys.exit(0 if agree else 1)
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import reprlib
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -204,6 +205,33 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             draft.unlink()
+
+
+def check_new(path: Path, flag: str, ending: str = "") -> None:
+    """Raise RunError, naming the flag, unless a file or folder `path` can be made: its name has
+    this ending, it is not there yet, and its folder is."""
+    if not path.name.lower().endswith(ending):
+        raise RunError(f"{flag} {path}: the name must end in {ending}")
+    if os.path.lexists(path):
+        raise RunError(f"{flag} {path}: it exists already; remove it or take another name")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise RunError(f"{flag} {path}: cannot write to {path.parent}")
+
+
+@contextmanager
+def new(path: Path, flag: str) -> Iterator[Path]:
+    """A draft, of the same name in a folder of its own, of a file or folder that is not there yet.
+
+    It goes to its place when it is written, or vanishes if it cannot be: RunError then.
+    """
+    check_new(path, flag)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".draft-") as folder:
+            draft = Path(folder, path.name)
+            yield draft
+            os.rename(draft, path)
+    except OSError as error:
+        raise RunError(f"{flag} {path}: cannot write it: {error.strerror or error}") from error
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -248,3 +248,44 @@ def data_parser() -> Parser:
     help_of_tasks = "tasks, vtab, fgvc (default: both)"
     flag("--dataset", nargs="+", default=["vtab", "fgvc"], help=help_of_tasks)
     return parser
+
+
+def experts(text: str) -> int | float:
+    """A flag's type: a number of experts, or a share of all between 0 and 1."""
+    value = float(text)
+    if text.isdecimal() and value >= 1:
+        return int(text)
+    if not 0 < value < 1:
+        expected = "a whole number from 1, or a share between 0 and 1"
+        raise argparse.ArgumentTypeError(f"must be {expected}, not {text}")
+    return value
+
+
+def parse_eval(manual: str | None, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of eval.py; exit code 2 for those that do not go together."""
+    parser = Parser(description=manual, prog="eval.py")
+    flag = parser.add_argument
+    flag("run", type=Path, help="a run's folder")
+    flag("--data-dir", help="where the data are now (default: where they were in training)")
+    flag("--checkpoint", help="where the backbone's file is now (default: where it was)")
+    flag("--download", action="store_true", help="fetch data and weights that are not here")
+    flag("--device", choices=DEVICES, default="auto", help="default: auto, the fastest here")
+    flag("--workers", type=WHOLE, default=4, help="image-decoding processes (0: the main process)")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--predict", type=Path, metavar="IMAGE|FOLDER", help="classes of images of your own")
+    help_of_formats = "write the model for other programs: timm, onnx, torch or peft"
+    one("--export", nargs=2, metavar=("FORMAT", "PATH"), help=help_of_formats)
+    help_of_pruning = "keep K experts a layer, or a share of all; several: only print the table"
+    one("--prune", nargs="+", type=experts, metavar="K", help=help_of_pruning)
+    flag("--predictions", type=Path, metavar="FILE.csv", help="class and probability per image")
+    flag("--features", type=Path, metavar="FILE.npz", help="what the head is given, per image")
+    flag("--top-k", type=COUNT, metavar="N", help="classes per image of --predict (default: 5)")
+    flag("--out", type=Path, metavar="FOLDER", help="of --prune (default: RUN-pruneK)")
+    args = parser.parse_args(argv)
+    if args.top_k and not args.predict:
+        parser.error("--top-k goes with --predict")
+    if args.out and len(args.prune or []) != 1:
+        parser.error("--out goes with --prune and one K")
+    if (args.export or args.prune) and (args.predictions or args.features):
+        parser.error("--predictions and --features go with scoring or --predict, not with these")
+    return args

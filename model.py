@@ -33,6 +33,7 @@ from backbone import (
     uncalled,
 )
 from baselines import MAIN, METHODS, Method
+from export import export_peft  # noqa: F401
 from files import read_adapter
 
 

@@ -122,8 +122,7 @@ def test_memory_grows_with_the_batch(args):
         amp="off", compile=False, grad_checkpoint=False, accumulate=1, device="cpu", images=8
     )
     small, large = (
-        bench.memory("mlae", argparse.Namespace(**vars(args), batch_size=size))
-        for size in (1, 384)
+        bench.memory("mlae", argparse.Namespace(**vars(args), batch_size=size)) for size in (1, 384)
     )
     assert (
         small + 100 < large
