@@ -12,7 +12,8 @@ and are tested.
 
 It takes train.py's flags, each with one value or several, and runs their product in this process;
 `--targets attn.qkv attn.qkv,mlp.fc1` are two values. What is finished is skipped, and what was
-interrupted goes on. Tasks whose data are missing are named at the end. The last line is JSON.
+interrupted goes on. The same command in several shells, or on several machines that share --out,
+shares the runs out. Tasks whose data are missing are named at the end. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import csv
 import itertools
 import json
 import statistics
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +38,11 @@ import data
 import train
 from baselines import METHODS
 from files import whole
-from runs import Diverged, RunError, collect, one_line
+from processes import Busy, launched, lock
+from runs import OUT_OF_MEMORY, Diverged, RunError, collect, one_line, out_of_memory
 from table import rows_of, summary, tabulate
+
+PAUSE = 2.0  # seconds between two looks at runs of other processes
 
 
 def combinations(args: argparse.Namespace) -> list[argparse.Namespace]:
@@ -63,21 +69,36 @@ def combinations(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 def run_all(runs: list, done: Callable = lambda run, metrics: None) -> tuple[list, dict]:
     """Run them, each result printed and given to `done`; returns the results, and why a task or run
-    is left out."""
+    is left out. What other processes are at comes last: its result is read when they are ready."""
     results, left_out = [], {}
-    for args in runs:
+    queue, passed_over = deque(runs), 0
+    while queue:
+        args = queue.popleft()
         if args.dataset in left_out:
             continue
         try:
             metrics = train.run(args)
+        except Busy as error:
+            queue.append(args)
+            passed_over += 1
+            if passed_over == len(queue):
+                print(f"waiting for {len(queue)} runs of other processes: {error}", flush=True)
+            if passed_over >= len(queue):
+                time.sleep(PAUSE)
+            continue
         except data.DataError as error:
             left_out[args.dataset] = str(error)
         except Diverged as error:
             left_out[f"{args.dataset}, seed {args.seed}"] = str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            left_out[f"{args.method} on {args.dataset}, seed {args.seed}"] = OUT_OF_MEMORY
         else:
             results.append(metrics)
             print(json.dumps(metrics), flush=True)
             done(args, metrics)
+        passed_over = 0
     return results, left_out
 
 
@@ -109,8 +130,7 @@ def search(args: argparse.Namespace) -> tuple[list, dict]:
     trials: dict[str, Trial] = {}
 
     def note(run: argparse.Namespace, metrics: dict) -> None:
-        arguments = {name: value for name, value in vars(run).items() if name != "seed"}
-        key = json.dumps(arguments, sort_keys=True)
+        key, arguments = without_seed(run)
         trial = trials.setdefault(key, Trial(arguments, {}, {}))
         trial.top1[run.seed] = metrics["val_top1"]
         trial.folders[run.seed] = metrics["run"]
@@ -118,10 +138,12 @@ def search(args: argparse.Namespace) -> tuple[list, dict]:
 
     every = argparse.Namespace(**vars(args))
     every.val, every.seed = True, args.search_seed
-    _, left_out = run_all(combinations(every), note)
-    best = choose(list(trials.values()), names)
+    every = combinations(every)
+    _, left_out = run_all(every, note)
+    tried = in_order(trials, every)  # whatever came first: all processes choose and write the same
+    best = choose(tried, names)
     if best:
-        write_search(path, names, list(trials.values()), best)
+        write_search(path, names, tried, best)
     runs = []
     for trial in best:
         for seed in args.seed if isinstance(args.seed, list) else [args.seed]:
@@ -165,8 +187,8 @@ def choose(trials: list[Trial], names: list[str]) -> list[Trial]:
 
 def write_search(path: Path, names: list[str], trials: list[Trial], best: list[Trial]) -> None:
     """search.csv: a line for each run on val200, and whether its settings were chosen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as draft, open(draft, "w", newline="") as file:
+    waiting = lock(path.with_name("search.lock"), patience=60)  # others may be writing it too
+    with waiting, whole(path) as draft, open(draft, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["dataset", "method", *names, "seed", "val_top1", "chosen", "run"])
         for trial in trials:
@@ -181,6 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     folder, form = args.table, args.format
     del args.table, args.format
     with one_line("suite.py"):
+        if launched()[1] > 1:
+            raise RunError("torchrun is for train.py; start suite.py itself several times")
         if folder:
             known = collect(folder, tasks=data.TASKS, methods=METHODS)
             if not known:
