@@ -82,7 +82,7 @@ def run_all(runs: list, done: Callable = lambda run, metrics: None) -> tuple[lis
             queue.append(args)
             passed_over += 1
             if passed_over == len(queue):
-                print(f"waiting for {len(queue)} runs of other processes: {error}", flush=True)
+                print(f"waiting for other processes: {error}", flush=True)
             if passed_over >= len(queue):
                 time.sleep(PAUSE)
             continue
@@ -127,28 +127,36 @@ def search(args: argparse.Namespace) -> tuple[list, dict]:
     """
     names = chosen_flags(args)
     path = Path(args.out, "search.csv")
-    trials: dict[str, Trial] = {}
+    every = argparse.Namespace(**vars(args))
+    every.val, every.seed = True, args.search_seed
+    runs = combinations(every)
+    trials: dict[str, Trial] = {}  # in this order, whatever order the results come in
+    for run in runs:
+        key, arguments = without_seed(run)
+        trials.setdefault(key, Trial(arguments, {}, {}))
 
     def note(run: argparse.Namespace, metrics: dict) -> None:
-        key, arguments = without_seed(run)
-        trial = trials.setdefault(key, Trial(arguments, {}, {}))
+        trial = trials[without_seed(run)[0]]
         trial.top1[run.seed] = metrics["val_top1"]
         trial.folders[run.seed] = metrics["run"]
         write_search(path, names, list(trials.values()), [])
 
-    every = argparse.Namespace(**vars(args))
-    every.val, every.seed = True, args.search_seed
-    every = combinations(every)
-    _, left_out = run_all(every, note)
-    tried = in_order(trials, every)  # whatever came first: all processes choose and write the same
-    best = choose(tried, names)
+    _, left_out = run_all(runs, note)
+    scored = [trial for trial in trials.values() if trial.top1]
+    best = choose(scored, names)
     if best:
-        write_search(path, names, tried, best)
+        write_search(path, names, scored, best)
     runs = []
     for trial in best:
         for seed in args.seed if isinstance(args.seed, list) else [args.seed]:
             runs.append(argparse.Namespace(**trial.arguments | {"seed": seed, "val": False}))
     return runs, left_out
+
+
+def without_seed(run: argparse.Namespace) -> tuple[str, dict]:
+    """The arguments of a run but its seed, as a key and as a dict."""
+    arguments = {name: value for name, value in vars(run).items() if name != "seed"}
+    return json.dumps(arguments, sort_keys=True), arguments
 
 
 def chosen_flags(args: argparse.Namespace) -> list[str]:
@@ -193,7 +201,7 @@ def write_search(path: Path, names: list[str], trials: list[Trial], best: list[T
         writer.writerow(["dataset", "method", *names, "seed", "val_top1", "chosen", "run"])
         for trial in trials:
             settings = [trial.arguments[name] for name in ("dataset", "method", *names)]
-            for seed, top1 in trial.top1.items():
+            for seed, top1 in sorted(trial.top1.items()):
                 chosen = int(trial in best)
                 writer.writerow([*settings, seed, top1, chosen, trial.folders[seed]])
 
