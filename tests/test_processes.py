@@ -285,19 +285,29 @@ def ranks_end(count, work):
     "words",
     [
         "",
-        "--method rmlora --accumulate 2 --label-smoothing 0.1",
+        "--method rmlora --accumulate 2",
         "--method snella --rank 4 --grad-checkpoint",
-        "--method full",
+        "--method full --label-smoothing 0.1",
     ],
 )
-def test_two_ranks_train_as_one_process_does(words):
+def test_two_ranks_train_as_one_process_does(monkeypatch, words):
+    """In float64: AdamW makes whole steps of the rounding errors of gradients that are zero."""
+    create, normalizer = train.create_model, train.create_normalizer
+    monkeypatch.setattr(train, "create_model", lambda args: create(args).double())
+
+    def double(*arguments):
+        normalize = normalizer(*arguments)
+        return lambda images: normalize(images).double()
+
+    monkeypatch.setattr(train, "create_normalizer", double)
     # batches of 64, 64 and 1: the second rank has none of the last
     words = [*words.split(), "--epochs", 1, "--lr", 1e-3]
     assert end_of(fork(train_with(*words, "--out", "one"))) == 0
     assert ranks_end(2, train_with(*words, "--out", "two")) == [0, 0]
     (one, rows), (two, other_rows) = weights_and_log("one"), weights_and_log("two")
     difference = max((one[key] - two[key]).abs().max().item() for key in one)
-    assert difference < 2e-5
+    print("largest difference", difference)
+    assert difference < 1e-11
     for a, b in zip(rows, other_rows, strict=True):
         assert {k: float(v) for k, v in a.items()} == pytest.approx(
             {k: float(v) for k, v in b.items()}, rel=1e-4
