@@ -191,12 +191,15 @@ def check_shape(value: object, shape: object, where: str) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A draft to write to. It takes the place of `path` when it is written, or goes if it cannot
-    be: RunError then, and what was there before is still there."""
+    """A draft to write to. It takes the place of `path` when it is written and on the disk, or goes
+    if it cannot be: RunError then, and what was there before is still there."""
     draft = path.with_name(f"{path.name}.tmp")
     try:
         yield draft
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(draft, path)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # as of torch.save
         if not isinstance(cause, OSError):
@@ -232,6 +235,16 @@ def new(path: Path, flag: str) -> Iterator[Path]:
             os.rename(draft, path)
     except OSError as error:
         raise RunError(f"{flag} {path}: cannot write it: {error.strerror or error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk keep the names in a folder, where the system can open folders."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -40,7 +40,8 @@ class Parser(argparse.ArgumentParser):
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     def error(self, message: str) -> None:
-        print(f"{self.prog}: error: {printable(message)}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first
+            print(f"{self.prog}: error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
 
 

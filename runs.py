@@ -1,8 +1,7 @@
-"""What surrounds a run: device and precision, its folder, identity, files and state.
+"""What surrounds a run: device and precision, its folder, identity and files.
 
     folder = run_folder(args.out, identity(args, defaults))
     metrics = finished(folder, args)        # the result, if the same run has ended before
-    save_state(folder / "state.pt", ...)    # after every epoch, for --resume
 
 A run is what its settings make it. Its identity holds those that differ from the defaults, without
 machine and place; the folder's name and the tables of `suite.py` come from this one list.
@@ -17,30 +16,20 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from files import (
-    NUMBER,
-    ModelError,
-    RunError,
-    check_dense,
-    check_file,
-    check_moments,
-    check_shape,
-    first_line,
-    read_json,
-    sha256,
-    whole,
-)
+from files import ModelError, RunError, read_json, sha256
 from flags import PLACE, printable, shown
-from model import adapter_state, load_strictly
+from processes import launched, let_the_first_speak, ranks
 from splits import DataError
 
 try:
@@ -55,13 +44,12 @@ GOES_ON = {  # how an interrupted script goes on
     "train.py": ": the same command with --resume goes on",
     "suite.py": ": the same command goes on",
 }
+OUT_OF_MEMORY = "out of memory: --grad-checkpoint needs less, or --accumulate 4, or --batch-size 32"
+NO_MEMORY = ("out of memory", "not enough memory", "DefaultCPUAllocator", "ALLOC_FAILED")
 # what the files of a run must hold, for those that read them
 CONFIG = {"arguments": {"method": str}, "identity": {"method": str}}
 METRICS = {"dataset": str, "model": str, "data": str, "official": bool, "seed": range(2**31)}
 RESULT = {"official": bool, "digest": str, "run": str, "images": range(1, 2**31)}
-PROGRESS = {"epoch": range(1, 2**31), "rows": list, "seconds": NUMBER}
-STATE = {"weights": dict, "optimizer": {"state": dict}, "scaler": dict, "digest": str}
-STATE |= {"rng": {"cpu": torch.Tensor, "cuda": list}, "progress": PROGRESS}
 
 
 class Diverged(RunError):
@@ -69,6 +57,42 @@ class Diverged(RunError):
 
 
 ERRORS = (DataError, ModelError, RunError)  # what a user can mend; bugs keep their traceback
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: from a queue whose time is over, or a machine that shuts down."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated, and so what is open is tidied up.
+
+    Ranks but the first have nothing to tidy up: Ctrl-C and SIGTERM end them at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    first = launched()[0] == 0
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise Terminated
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop if first else signal.SIG_DFL)}
+    if not first:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is what an error says: torch has a class for it on CUDA alone."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in NO_MEMORY)
 
 
 def complain(script: str, message: str) -> None:
@@ -87,16 +111,19 @@ def discard_output() -> None:
 
 @contextmanager
 def one_line(script: str) -> Iterator[None]:
-    """What a user can mend ends in one line and exit code 2, Ctrl-C in a hint and 130.
+    """What a user can mend ends in one line and exit code 2, Ctrl-C in a hint and 130, SIGTERM in
+    the same hint and 143.
 
     A reader of the output that has gone away (`| head`) ends it without a word.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no text
     try:
-        yield
+        with stoppable():
+            yield
         sys.stdout.flush()
     except ERRORS as error:
+        let_the_first_speak()
         complain(script, str(error))
     except BrokenPipeError:
         discard_output()
@@ -104,9 +131,13 @@ def one_line(script: str) -> Iterator[None]:
     except OSError as error:  # no bug but the system's answer: a full disk, no permission
         discard_output()
         complain(script, f"{error.filename or 'standard output'}: {error.strerror or error}")
-    except KeyboardInterrupt:
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        complain(script, OUT_OF_MEMORY if script in GOES_ON else "out of memory")
+    except KeyboardInterrupt as stop:
         print(f"interrupted{GOES_ON.get(script, '')}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
 
 
 def pick_device(name: str) -> torch.device:
@@ -116,7 +147,7 @@ def pick_device(name: str) -> torch.device:
     """
     present = {
         "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
+        "mps": torch.backends.mps.is_available() and ranks() == 1,  # ranks cannot talk there
         "cpu": True,
     }
     if name == "auto":
@@ -155,7 +186,8 @@ def peak_memory_mb(device: torch.device) -> int | None:
 
 
 def provenance(device: torch.device) -> dict:
-    """The machine and the code of a run: device, versions, git commit (None outside a clone)."""
+    """The machine and the code of a run: device, number of processes that share the run, versions,
+    git commit (None outside a clone)."""
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
@@ -168,7 +200,7 @@ def provenance(device: torch.device) -> dict:
         commit = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"device": name, "versions": versions, "git": commit}
+    return {"device": name, "processes": ranks(), "versions": versions, "git": commit}
 
 
 def identity(args: argparse.Namespace, defaults: argparse.Namespace) -> dict:
@@ -201,10 +233,13 @@ def run_folder(out: str | os.PathLike, own: dict) -> Path:
 
 
 def finished(folder: Path, args: argparse.Namespace) -> dict | None:
-    """The metrics of a run that has ended; None if there is none that can be read.
+    """The metrics of a run that has ended; None if there is none that can be read, or it is to be
+    overwritten.
 
     Raises RunError if the folder holds a run of other arguments: the defaults have changed since.
     """
+    if vars(args).get("overwrite"):
+        return None
     try:
         scored = "val_top1" if vars(args).get("val") else "test_top1"
         metrics = read_json(folder / "metrics.json", RESULT | {scored: (0, 100)})
@@ -218,6 +253,8 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
                 f"{folder} was run with --{flag} {then[name]}, the default of its time; "
                 f"now it is {value}: take another --out, or --overwrite"
             )
+    with suppress(OSError):  # it may have been killed before it did so
+        (folder / "state.pt").unlink(missing_ok=True)
     print(f"finished before, so not run again (--overwrite does): {folder}")
     return metrics
 
@@ -234,10 +271,9 @@ def check_unfinished(folder: Path, args: argparse.Namespace) -> None:
         print(f"nothing to resume in {folder}: starting anew")
 
 
-def make_folder(folder: Path, keep_state: bool) -> None:
-    """Make the folder of a run that starts; an earlier result in it goes. RunError if it cannot."""
+def clear_folder(folder: Path, keep_state: bool) -> None:
+    """Remove an earlier result from the folder of a run that starts; RunError if that cannot be."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").unlink(missing_ok=True)
         if not keep_state:
             (folder / "state.pt").unlink(missing_ok=True)
@@ -245,60 +281,27 @@ def make_folder(folder: Path, keep_state: bool) -> None:
         raise RunError(f"--out: cannot write {folder}: {error.strerror}") from error
 
 
-def save_state(path: Path, weights: dict, optimizer, scaler, digest: str, progress: dict) -> None:
-    """All that `restore` needs to go on as if nothing had happened; whole or not at all.
-
-    `weights` are the tensors that train, `digest` is the training images', `progress` what
-    `restore` returns.
-    """
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    state = {
-        "weights": weights,
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
-        "digest": digest,
-        "progress": progress,
-    }
-    with whole(path) as draft, open(draft, "wb") as file:
-        torch.save(state, file)
+def report(metrics: dict) -> dict:
+    """Print a line for people; returns what it was given."""
+    split = "test" if "test_top1" in metrics else "val"
+    top1 = metrics[f"{split}_top1"]
+    print(f"{split} top-1 {top1:.2f} % ({metrics['images']} images), run {metrics['run']}")
+    return metrics
 
 
-def restore(path: Path, model: torch.nn.Module, optimizer, scaler, digest: str) -> dict:
-    """Load what `save_state` wrote, if it is there, and return the progress.
+def warn_of_unread_folder(args: argparse.Namespace, source: str) -> None:
+    """Say so if --data-dir was given for images that are in this repository."""
+    if source == "embedded" and args.data_dir != os.path.abspath("data"):
+        hint = f"--dataset {args.dataset} is in this repository, --data-dir is not read"
+        print(f"note: {hint}; name what to train on with --dataset", file=sys.stderr)
 
-    {"epoch": epochs done, "rows": of the log, "seconds": of training}, all nothing if there is no
-    state or its training images are not these. Raises RunError for a file that cannot be read.
-    """
-    nothing = {"epoch": 0, "rows": [], "seconds": 0.0}
-    if not path.exists():
-        return nothing
-    try:
-        check_file(path, "state")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        check_shape(state, STATE, "it")
-        progress, moments, rng = state["progress"], state["optimizer"]["state"], state["rng"]
-        for row in progress["rows"]:
-            check_shape(row, dict.fromkeys(row, NUMBER), "it: rows")
-        if len(progress["rows"]) != progress["epoch"]:
-            raise RunError("it has not a row for each epoch")
-        if state["digest"] != digest:
-            print(f"the training images are not those of {path}: starting anew")
-            return nothing
-        check_dense(state["weights"], "it")
-        load_strictly(model, state["weights"], adapter_state(model), "it")
-        groups = optimizer.state_dict()["param_groups"]  # as the run's settings make them
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        check_moments(optimizer)
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(rng["cpu"])
-        if rng["cuda"]:
-            torch.cuda.set_rng_state_all(rng["cuda"])
-    except Exception as error:  # whatever a damaged file makes torch raise
-        reason = f"remove it to start anew ({first_line(error)})"
-        raise RunError(f"cannot read {path}: {reason}") from error
-    print(f"resumed after epoch {progress['epoch']} of {path.parent}")
-    return progress
+
+def warn_of_failure(top1: float, labels: torch.Tensor) -> None:
+    """Say so if the top-1 accuracy (%) on the training images is hardly that of a constant."""
+    guess = 100 * labels.bincount().max() / len(labels)
+    if top1 < guess + 5:
+        hint = f"training top-1 is {top1:.1f} %, the largest class alone gives {guess:.1f} %"
+        print(f"warning: hardly anything was learned ({hint}): change --lr", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ and are tested.
 
 It takes train.py's flags, each with one value or several, and runs their product in this process;
 `--targets attn.qkv attn.qkv,mlp.fc1` are two values, and `--mask-prob 0.3 attn.qkv=0.5,mlp.fc1=0.3`
-are two. What is finished is skipped, and what was
-interrupted goes on. Tasks whose data are missing are named at the end. The last line is JSON.
+are two. What is finished is skipped, and what was interrupted goes on. The same command in several
+shells, or on several machines that share --out, shares the runs out. Tasks whose data are missing
+are named at the end. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import csv
 import itertools
 import json
 import statistics
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +40,12 @@ import data
 import train
 from baselines import METHODS
 from files import whole
-from runs import Diverged, RunError, collect, one_line
+from processes import Busy, launched, lock
+from runs import OUT_OF_MEMORY, Diverged, RunError, collect, one_line, out_of_memory
 from stats import compare
 from table import rows_of, summary, tabulate
+
+PAUSE = 2.0  # seconds between two looks at runs of other processes
 
 
 def combinations(args: argparse.Namespace) -> list[argparse.Namespace]:
@@ -66,21 +72,36 @@ def combinations(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 def run_all(runs: list, done: Callable = lambda run, metrics: None) -> tuple[list, dict]:
     """Run them, each result printed and given to `done`; returns the results, and why a task or run
-    is left out."""
+    is left out. What other processes are at comes last: its result is read when they are ready."""
     results, left_out = [], {}
-    for args in runs:
+    queue, passed_over = deque(runs), 0
+    while queue:
+        args = queue.popleft()
         if args.dataset in left_out:
             continue
         try:
             metrics = train.run(args)
+        except Busy as error:
+            queue.append(args)
+            passed_over += 1
+            if passed_over == len(queue):
+                print(f"waiting for other processes: {error}", flush=True)
+            if passed_over >= len(queue):
+                time.sleep(PAUSE)
+            continue
         except data.DataError as error:
             left_out[args.dataset] = str(error)
         except Diverged as error:
             left_out[f"{args.dataset}, seed {args.seed}"] = str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            left_out[f"{args.method} on {args.dataset}, seed {args.seed}"] = OUT_OF_MEMORY
         else:
             results.append(metrics)
             print(json.dumps(metrics), flush=True)
             done(args, metrics)
+        passed_over = 0
     return results, left_out
 
 
@@ -109,27 +130,36 @@ def search(args: argparse.Namespace) -> tuple[list, dict]:
     """
     names = chosen_flags(args)
     path = Path(args.out, "search.csv")
-    trials: dict[str, Trial] = {}
+    every = argparse.Namespace(**vars(args))
+    every.val, every.seed = True, args.search_seed
+    runs = combinations(every)
+    trials: dict[str, Trial] = {}  # in this order, whatever order the results come in
+    for run in runs:
+        key, arguments = without_seed(run)
+        trials.setdefault(key, Trial(arguments, {}, {}))
 
     def note(run: argparse.Namespace, metrics: dict) -> None:
-        arguments = {name: value for name, value in vars(run).items() if name != "seed"}
-        key = json.dumps(arguments, sort_keys=True)
-        trial = trials.setdefault(key, Trial(arguments, {}, {}))
+        trial = trials[without_seed(run)[0]]
         trial.top1[run.seed] = metrics["val_top1"]
         trial.folders[run.seed] = metrics["run"]
         write_search(path, names, list(trials.values()), [])
 
-    every = argparse.Namespace(**vars(args))
-    every.val, every.seed = True, args.search_seed
-    _, left_out = run_all(combinations(every), note)
-    best = choose(list(trials.values()), names)
+    _, left_out = run_all(runs, note)
+    scored = [trial for trial in trials.values() if trial.top1]
+    best = choose(scored, names)
     if best:
-        write_search(path, names, list(trials.values()), best)
+        write_search(path, names, scored, best)
     runs = []
     for trial in best:
         for seed in args.seed if isinstance(args.seed, list) else [args.seed]:
             runs.append(argparse.Namespace(**trial.arguments | {"seed": seed, "val": False}))
     return runs, left_out
+
+
+def without_seed(run: argparse.Namespace) -> tuple[str, dict]:
+    """The arguments of a run but its seed, as a key and as a dict."""
+    arguments = {name: value for name, value in vars(run).items() if name != "seed"}
+    return json.dumps(arguments, sort_keys=True), arguments
 
 
 def chosen_flags(args: argparse.Namespace) -> list[str]:
@@ -174,13 +204,13 @@ def size(value):
 
 def write_search(path: Path, names: list[str], trials: list[Trial], best: list[Trial]) -> None:
     """search.csv: a line for each run on val200, and whether its settings were chosen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as draft, open(draft, "w", newline="") as file:
+    waiting = lock(path.with_name("search.lock"), patience=60)  # others may be writing it too
+    with waiting, whole(path) as draft, open(draft, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["dataset", "method", *names, "seed", "val_top1", "chosen", "run"])
         for trial in trials:
             settings = [shown(trial.arguments[name]) for name in ("dataset", "method", *names)]
-            for seed, top1 in trial.top1.items():
+            for seed, top1 in sorted(trial.top1.items()):
                 chosen = int(trial in best)
                 writer.writerow([*settings, seed, top1, chosen, trial.folders[seed]])
 
@@ -190,6 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     folder, form, against = args.table, args.format, args.against
     del args.table, args.format, args.against
     with one_line("suite.py"):
+        if launched()[1] > 1:
+            raise RunError("torchrun is for train.py; start suite.py itself several times")
         if folder:
             known = collect(folder, tasks=data.TASKS, methods=METHODS)
             if not known:

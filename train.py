@@ -17,10 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import sys
 import time
 from functools import partial
+from pathlib import Path
 
 from flags import train_parser
 
@@ -44,21 +43,36 @@ from baselines import METHODS
 from eval import create_model, create_normalizer, evaluate, load_data, rank_within
 from files import RunError, whole, write_json, write_log
 from model import adapter_state, check_gradients, find_method, save_adapter
+from processes import (
+    PADDING,
+    agreed,
+    claim,
+    epoch_of,
+    first_rank_first,
+    joined,
+    rank,
+    ranks,
+    restore,
+    save_state,
+    share,
+    total,
+)
 from runs import (
     Diverged,
     autocast,
     check_unfinished,
+    clear_folder,
     finished,
     identity,
-    make_folder,
     one_line,
     peak_memory_mb,
     pick_device,
     provenance,
+    report,
     resolve_amp,
-    restore,
     run_folder,
-    save_state,
+    warn_of_failure,
+    warn_of_unread_folder,
 )
 
 
@@ -70,24 +84,44 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def train_step(
-    net, optimizer, x, y, *, normalize, scaler, amp, accumulate, label_smoothing, method, progress
+    net,
+    optimizer,
+    x,
+    y,
+    *,
+    size,
+    normalize,
+    scaler,
+    amp,
+    accumulate,
+    label_smoothing,
+    method,
+    progress,
 ):
     """One step of the optimizer on images x (B, 3, S, S) uint8 and labels y (B,).
 
-    Each of `accumulate` parts of the batch draws its own masks. `method`, a row of METHODS, brings
-    its hooks; progress is the share of the training that is done after this step.
-    Returns the loss summed over the batch and the number of right answers.
+    They are this rank's part of a batch of `size` images. Each of `accumulate` parts of it draws
+    its own masks. `method`, a row of METHODS, brings its hooks; progress is the share of the
+    training that is done after this step.
+    Returns the loss summed over x and the number of right answers.
     """
     loss_sum = correct = 0
     optimizer.zero_grad()
     for images, labels in zip(x.chunk(accumulate), y.chunk(accumulate), strict=True):
         with autocast(x.device, amp):
             logits = net(normalize(images))  # (B / accumulate, classes)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-        loss_sum += loss.detach() * len(images)
+        loss = F.cross_entropy(
+            logits.float(),
+            labels,
+            reduction="sum",
+            ignore_index=PADDING,
+            label_smoothing=label_smoothing,
+        )
+        loss_sum += loss.detach()
         correct += (logits.detach().argmax(1) == labels).sum()
-        loss = loss + method.penalty(net)
-        scaler.scale(loss * (len(images) / len(x))).backward()
+        loss = loss / size * ranks()  # whose gradients' mean is taken
+        loss = loss + method.penalty(net) * (len(images) / len(x))
+        scaler.scale(loss).backward()
     method.before_step(net, progress)
     scaler.step(optimizer)
     scaler.update()
@@ -95,14 +129,24 @@ def train_step(
 
 
 def run(args: argparse.Namespace) -> dict:
-    """One run, from settled arguments to files; returns what `metrics.json` holds."""
+    """One run, from settled arguments to files; returns what `metrics.json` holds.
+
+    Raises Busy if another process is at it.
+    """
     # its folder: the same settings and the same checkpoint give the same folder
-    method = METHODS[args.method]
-    own = identity(args, usual(args)) | method.signature()
+    own = identity(args, usual(args)) | METHODS[args.method].signature()
     folder = run_folder(args.out, own)
-    before = None if args.overwrite else finished(folder, args)
+    before = agreed(finished(folder, args))
     if before and before["official"]:
         return report(before)
+    with claim(folder):
+        before = before or agreed(finished(folder, args))  # another process, a moment ago
+        return train_and_score(args, folder, own, before)
+
+
+def train_and_score(args: argparse.Namespace, folder: Path, own: dict, before: dict | None) -> dict:
+    """A run in a folder that is claimed; `before` is its result, right if of the same images."""
+    method = METHODS[args.method]
     check_unfinished(folder, args)
 
     # seed and device
@@ -111,13 +155,13 @@ def run(args: argparse.Namespace) -> dict:
     amp = resolve_amp(args.amp, device)
 
     # data
-    train, test = load_data(args)
+    with first_rank_first():  # what it downloads is there for all
+        train, test = load_data(args)
     if before and before["digest"] == test.digest():  # a subset may have grown since
         return report(before)
-    if train.source == "embedded" and args.data_dir != os.path.abspath("data"):
-        hint = f"--dataset {args.dataset} is in this repository, --data-dir is not read"
-        print(f"note: {hint}; name what to train on with --dataset", file=sys.stderr)
-    train.prepare(device, args.workers)
+    warn_of_unread_folder(args, train.source)
+    with first_rank_first():
+        train.prepare(device, args.workers)
 
     # model
     model = create_model(args).to(device)
@@ -137,10 +181,11 @@ def run(args: argparse.Namespace) -> dict:
     warmup = round(args.warmup_epochs * steps_per_epoch)
 
     # from here on the run writes
-    make_folder(folder, keep_state=not args.overwrite)
     config = {"arguments": vars(args), "identity": own, "source": train.source, "amp": amp}
     config |= {"weights": weights, "data": test.description, **provenance(device)}
-    write_json(folder / "config.json", config)
+    if rank() == 0:
+        clear_folder(folder, keep_state=args.resume or not args.overwrite)
+        write_json(folder / "config.json", config)
     print(f"{args.method} on {args.dataset}, {weights['tag']}, {device}: {train.description}")
     print("{} of {} linear layers adapted; ".format(*model.adapted), end="")
     print("{trainable:,} of {total:,} parameters train, {head:,} in the head".format(**counts))
@@ -156,6 +201,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.compile:
         torch.compiler.reset()  # else earlier models count towards its limit of recompilations
         net = torch.compile(model, dynamic=True)  # one graph for every p and batch size
+    net = share(net)
     bar = tqdm(total=steps, initial=step, unit="step", disable=None)
     while done["epoch"] < args.epochs:
         epoch, start = done["epoch"], time.perf_counter()
@@ -163,7 +209,8 @@ def run(args: argparse.Namespace) -> dict:
         order = torch.randperm(len(train), generator=generator)
         loss_sum = correct = seen = 0
         bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
-        for x, y in train.epoch(order, args.batch_size, args.workers, f"{args.seed} {epoch}"):
+        seed = f"{args.seed} {epoch}"
+        for x, y, size in epoch_of(train, order, args.batch_size, args.workers, seed):
             lr = learning_rate(step, steps, warmup, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
@@ -173,6 +220,7 @@ def run(args: argparse.Namespace) -> dict:
                 optimizer,
                 x.to(device),
                 y.to(device),
+                size=size,
                 normalize=normalize,
                 scaler=scaler,
                 amp=amp,
@@ -188,24 +236,24 @@ def run(args: argparse.Namespace) -> dict:
                 top1 = f"{100 * correct.item() / seen:.1f} %"
                 bar.set_postfix(loss=f"{loss_sum.item() / seen:.3f}", top1=top1, refresh=False)
         row = {"epoch": epoch + 1, "lr": lr, **method.log(model)}
-        row["loss"] = loss_sum.item() / len(train)
-        row["train_top1"] = 100 * correct.item() / len(train)
+        row["loss"] = total(loss_sum).item() / len(train)
+        row["train_top1"] = 100 * total(correct).item() / len(train)
         row["seconds"] = done["seconds"] + time.perf_counter() - start
         if not math.isfinite(row["loss"]):
             raise Diverged(
                 f"the loss is {row['loss']} in epoch {epoch + 1}: lower --lr {args.lr:g}"
             )
         done = {"epoch": epoch + 1, "rows": [*done["rows"], row], "seconds": row["seconds"]}
-        write_log(folder / "log.csv", done["rows"])
-        save_state(state, adapter_state(model), optimizer, scaler, digest, done)
+        if rank() == 0:
+            write_log(folder / "log.csv", done["rows"])
+            save_state(state, adapter_state(model), optimizer, scaler, digest, done)
         if bar.disable:  # no terminal
             line = "epoch {epoch:.0f}: loss {loss:.3f}, training top-1 {train_top1:.1f} %"
             print(line.format(**row), f"after {row['seconds']:.0f} s", flush=True)
     bar.close()
-    last, guess = done["rows"][-1]["train_top1"], 100 * train.labels.bincount().max() / len(train)
-    if last < guess + 5:
-        hint = f"training top-1 is {last:.1f} %, the largest class alone gives {guess:.1f} %"
-        print(f"warning: hardly anything was learned ({hint}): change --lr", file=sys.stderr)
+    if rank():
+        return {}  # the first rank does the rest
+    warn_of_failure(done["rows"][-1]["train_top1"], train.labels)
     with whole(folder / "adapter.safetensors") as draft:
         save_adapter(model, draft, config)
 
@@ -231,16 +279,8 @@ def run(args: argparse.Namespace) -> dict:
         "run": str(folder),
     }
     write_json(folder / "metrics.json", metrics)
-    state.unlink()
+    state.unlink(missing_ok=True)  # another process may have seen the result
     return report(metrics)
-
-
-def report(metrics: dict) -> dict:
-    """Print a line for people; returns what it was given."""
-    split = "test" if "test_top1" in metrics else "val"
-    top1 = metrics[f"{split}_top1"]
-    print(f"{split} top-1 {top1:.2f} % ({metrics['images']} images), run {metrics['run']}")
-    return metrics
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
@@ -275,7 +315,7 @@ def usual(args: argparse.Namespace) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = train_parser(__doc__).parse_args(argv)
-    with one_line("train.py"):
+    with one_line("train.py"), joined(args.device, args.batch_size):
         print(json.dumps(run(settle(args))))
 
 

@@ -69,7 +69,7 @@ def test_the_reading_path_is_short():
 
 
 # every script, and who may import whom: a script imports only from those above it
-ROOMS = """flags mlae masking snell baselines files backbone export model splits images originals
+ROOMS = """flags mlae masking snell baselines files backbone export model processes splits images originals
 sources runs data stats table scores predictions prune budget eval train suite figures inside
 pictures sweeps plot bench""".split()
 
