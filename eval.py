@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 import data
 import model as models
+import photos
 from backbone import ModelError, count_parameters, create_backbone, eval_mode, weights_of
 from baselines import METHODS
 from files import NUMBER, RunError, check_shape, read_json
-from flags import AMP, DEVICES, WHOLE, Parser
+from flags import AMP, DEVICES, WHOLE, Parser, train_parser
 from runs import autocast, one_line, pick_device
 
 AGREE = 1e-4  # largest difference of a logit between the merged model and the one that was trained
@@ -37,7 +38,7 @@ LARGEST = 4096  # side of an image in pixels
 # what config.json must hold, and by the type of its default, a setting of the method
 CONFIG = {
     "arguments": {
-        "dataset": str,
+        "dataset": str | os.PathLike,  # a folder's name need not be printable
         "data_dir": str | os.PathLike,  # need not be printable
         "source": str,
         "img_size": range(1, LARGEST + 1),
@@ -69,15 +70,17 @@ def load_data(args: argparse.Namespace, download: bool = True) -> tuple[data.Ima
         img_size=args.img_size,
         source=args.source,
         download=download,
+        augment=args.augment,
+        cut=photos.cut_of(args),
     )
 
 
-def create_model(args: argparse.Namespace) -> nn.Module:
-    """The model of a run with these arguments, as it is before the first step, on the CPU."""
+def create_model(args: argparse.Namespace, classes: int | None = None) -> nn.Module:
+    """The model of a run as it is before the first step, on the CPU; by default the task's classes."""
     own = {name: getattr(args, name) for name in METHODS[args.method].settings}
     return models.create(
         args.model,
-        data.TASKS[args.dataset].classes,
+        classes or data.find_task(args.dataset).classes,
         method=args.method,
         pretrained=not args.no_pretrained,
         checkpoint=args.checkpoint,
@@ -175,10 +178,16 @@ def predict(
 
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 accuracy in percent and mean cross-entropy in nats."""
-    correct = (logits.argmax(1) == labels).sum().item()
+    """Top-1 accuracy (%), its mean over the classes that occur, mean cross-entropy (nats)."""
+    is_right = logits.argmax(1) == labels
+    counts = labels.bincount()
+    share = labels[is_right].bincount(minlength=len(counts)) / counts  # nan of an absent class
     loss = F.cross_entropy(logits, labels).item()
-    return {"top1": round(100 * correct / len(labels), 2), "loss": round(loss, 6)}
+    return {
+        "top1": round(100 * is_right.sum().item() / len(labels), 2),
+        "mean_class_top1": round(100 * share.nanmean().item(), 2),
+        "loss": round(loss, 6),
+    }
 
 
 def evaluate(
@@ -199,9 +208,17 @@ def read_config(folder: Path) -> dict:
         config = read_json(path, CONFIG)
     except RunError as error:
         raise RunError(f"{folder} is not a run of train.py: {error}") from None
-    given = config["arguments"]
+    given, names = config["arguments"], config.setdefault("class_names", None)
+    for name, usual in vars(train_parser().parse_args([])).items():
+        given.setdefault(name, usual)  # a run from before there was such a flag
+    check_shape(names, list | None, f"{path}: class_names")
+    for name in names or []:
+        check_shape(name, str, f"{path}: class_names")
+    check_shape(given, photos.FLAGS, f"{path}: arguments")
+    is_own = names and os.path.isabs(given["dataset"])  # its folder need not be here
     words = {
-        "dataset": (given["dataset"], data.TASKS),
+        "dataset": (given["dataset"], [given["dataset"]] if is_own else data.TASKS),
+        "augment": (given["augment"], [None, *data.VIEWS]),
         "method": (given["method"], METHODS),
         "normalize": (given["normalize"], [*data.NORMALIZE, "model"]),
         "source": (given["source"], data.SOURCES),
@@ -210,6 +227,8 @@ def read_config(folder: Path) -> dict:
     for name, (word, known) in words.items():
         if word not in known:
             raise RunError(f"{path}: {name} {word} is unknown here")
+    if not given["augment"]:
+        given["augment"] = data.TASKS[given["dataset"]].recipe["augment"]
     for name, usual in METHODS[given["method"]].settings.items():
         given.setdefault(name, usual)  # a run from before there was such a setting
         shape = SETTINGS.get(type(usual), object)
@@ -230,7 +249,7 @@ def load_run(folder: str | Path, checkpoint: str | None = None) -> tuple[nn.Modu
     config = read_config(folder)
     args, trained_on = config["arguments"], config["weights"]
     args.checkpoint = checkpoint or args.checkpoint
-    model = create_model(args)
+    model = create_model(args, len(config["class_names"] or []))
     weights = weights_of(model, args.checkpoint, not args.no_pretrained)
     key = "sha256" if "sha256" in trained_on else "tag"  # a file may have another name now
     if weights.get(key) != trained_on[key]:
@@ -268,12 +287,16 @@ def check(
     with nullcontext() if download else offline():
         model, config = load_run(folder, checkpoint)
     args = config["arguments"]
+    if os.path.isabs(args.dataset):
+        args.dataset = os.path.abspath(data_dir or args.dataset)
     args.data_dir = data_dir or args.data_dir
     if config["source"] in data.SOURCES:
         args.source = config["source"]  # what was read then, whatever else is there now
     model.to(device)
     normalize = create_normalizer(args, model, device)
     _, images = load_data(args, download)
+    if images.class_names and list(images.class_names) != config["class_names"]:
+        raise RunError(f"{args.dataset} has other classes than {folder} was trained on")
 
     tag = config["weights"]["tag"]
     counts = count_parameters(model)
@@ -308,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     flag = parser.add_argument
     flag("run", type=Path, help="a run's folder")
-    flag("--data-dir", help="where the data are now (default: where they were in training)")
+    flag("--data-dir", help="where data, or your images, are now (default: where they were)")
     flag("--checkpoint", help="where the backbone's file is now (default: where it was)")
     flag("--download", action="store_true", help="fetch data and weights that are not here")
     flag("--device", choices=DEVICES, default="auto", help="default: auto, the fastest here")
