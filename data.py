@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,12 @@ def place_in_table(name: str, identity: dict) -> tuple[str, str]:
     if FOLDER in identity:
         return photos.BENCHMARK, f"{name} {identity[FOLDER][:6]}"
     return TASKS[name].benchmark, name
+
+
+def groups_of(benchmark: str, found: Iterable[str]) -> dict[str, str]:
+    """{task: group} of a benchmark's tasks, in the table's order, or of the folders found."""
+    groups = {task.name: task.group for task in tasks_of(benchmark)}
+    return groups or dict.fromkeys(found, benchmark)
 
 
 def load(

@@ -76,7 +76,7 @@ def load_data(args: argparse.Namespace, download: bool = True) -> tuple[data.Ima
 
 
 def create_model(args: argparse.Namespace, classes: int | None = None) -> nn.Module:
-    """The model of a run as it is before the first step, on the CPU; by default the task's classes."""
+    """The model of a run with these arguments, before the first step, on the CPU."""
     own = {name: getattr(args, name) for name in METHODS[args.method].settings}
     return models.create(
         args.model,

@@ -103,8 +103,7 @@ def label(arguments: dict, rivals: list[dict]) -> str:
 def task_rows(benchmark: str, found: dict) -> list[Row]:
     """A row for each task that has a result."""
     rows = []
-    groups = {task.name: task.group for task in data.tasks_of(benchmark)}
-    for name, group in (groups or dict.fromkeys(found, benchmark)).items():
+    for name, group in data.groups_of(benchmark, found).items():
         results = found.get(name, {})
         if not results:
             continue

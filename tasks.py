@@ -1,4 +1,4 @@
-"""The table of tasks: a row says what a task is, where its images are from and how it is trained on.
+"""The table of tasks: what each is, where its images are from, how it is trained on.
 
 TASKS["dtd"].sizes                              # (800, 200, 1880): train, val and test
 """
