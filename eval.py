@@ -15,7 +15,6 @@ nothing that is there already is overwritten.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -28,40 +27,18 @@ from torch import Tensor, nn
 
 import data
 import model as models
+import photos
 import predictions
 import prune
 from backbone import count_parameters, eval_mode, weights_of
 from baselines import METHODS
 from budget import adapter_size, nearest_rank, rank_within  # noqa: F401
+from configs import LARGEST, read_config
 from export import AGREE, FORMATS, Base, check_place, export, preparation
-from files import NUMBER, RunError, check_new, check_shape, read_json
-from flags import AMP, parse_eval
+from files import NUMBER, RunError, check_new, read_json
+from flags import parse_eval
 from runs import autocast, one_line, pick_device
 from scores import class_names, report, score
-
-LARGEST = 4096  # side of an image in pixels
-# what config.json must hold, and by the type of its default, a setting of the method
-CONFIG = {
-    "arguments": {
-        "dataset": str,
-        "data_dir": str | os.PathLike,  # need not be printable
-        "source": str,
-        "img_size": range(1, LARGEST + 1),
-        "normalize": str,
-        "model": str,
-        "checkpoint": str | None,
-        "no_pretrained": bool,
-        "method": str,
-        "targets": list,
-        "drop_path": (0, math.nextafter(1, 0)),
-        "seed": range(2**31),
-        "val": bool,
-    },
-    "weights": {"tag": str},
-    "amp": str,
-    "source": str,
-}
-SETTINGS = {int: range(1, 2**31), float: (0, torch.finfo(torch.float32).max), str: str, bool: bool}
 
 
 def load_data(args: argparse.Namespace, download: bool = True) -> tuple[data.Images, data.Images]:
@@ -75,15 +52,17 @@ def load_data(args: argparse.Namespace, download: bool = True) -> tuple[data.Ima
         img_size=args.img_size,
         source=args.source,
         download=download,
+        augment=args.augment,
+        cut=photos.cut_of(args),
     )
 
 
-def create_model(args: argparse.Namespace) -> nn.Module:
-    """The model of a run with these arguments, as it is before the first step, on the CPU."""
+def create_model(args: argparse.Namespace, classes: int | None = None) -> nn.Module:
+    """The model of a run with these arguments, before the first step, on the CPU."""
     own = {name: getattr(args, name) for name in METHODS[args.method].settings}
     return models.create(
         args.model,
-        data.TASKS[args.dataset].classes,
+        classes or data.find_task(args.dataset).classes,
         method=args.method,
         pretrained=not args.no_pretrained,
         checkpoint=args.checkpoint,
@@ -138,41 +117,6 @@ def evaluate(
     return score(*predict(model, images, normalize, **options))
 
 
-def read_config(folder: Path) -> dict:
-    """A run's config.json, its arguments as a Namespace.
-
-    Raises RunError if there is none, a value cannot be right, or today's code does not know its
-    task, method or another word.
-    """
-    path = folder / "config.json"
-    try:
-        config = read_json(path, CONFIG)
-    except RunError as error:
-        raise RunError(f"{folder} is not a run of train.py: {error}") from None
-    given = config["arguments"]
-    words = {
-        "dataset": (given["dataset"], data.TASKS),
-        "method": (given["method"], METHODS),
-        "normalize": (given["normalize"], [*data.NORMALIZE, "model"]),
-        "source": (given["source"], data.SOURCES),
-        "amp": (config["amp"], AMP[1:]),
-    }
-    for name, (word, known) in words.items():
-        if word not in known:
-            raise RunError(f"{path}: {name} {word} is unknown here")
-    row = METHODS[given["method"]]
-    for name, usual in row.settings.items():
-        given.setdefault(name, usual)  # a run from before there was such a setting
-        shape = SETTINGS.get(type(usual), object)
-        if name in row.by_target and isinstance(given[name], dict):
-            shape = dict.fromkeys(given[name], shape)
-        check_shape(given, {name: shape}, f"{path}: arguments")
-    for target in given["targets"]:
-        check_shape(target, str, f"{path}: arguments: targets")
-    config["arguments"] = argparse.Namespace(**given)
-    return config
-
-
 def load_run(folder: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, dict]:
     """(model, config) of a run: its trained model on the CPU, in eval mode, and its config.json.
 
@@ -183,7 +127,7 @@ def load_run(folder: str | Path, checkpoint: str | None = None) -> tuple[nn.Modu
     config = read_config(folder)
     args, trained_on = config["arguments"], config["weights"]
     args.checkpoint = checkpoint or args.checkpoint
-    model = create_model(args)
+    model = create_model(args, len(config["class_names"] or []))
     weights = weights_of(model, args.checkpoint, not args.no_pretrained)
     key = "sha256" if "sha256" in trained_on else "tag"  # a file may have another name now
     if weights.get(key) != trained_on[key]:
@@ -223,6 +167,8 @@ def check(args: argparse.Namespace, model: nn.Module, config: dict) -> bool:
     """Print the scores of a run unmerged and merged; whether the two agree."""
     run = config["arguments"]
     _, images = load_data(run, args.download)
+    if images.class_names and list(images.class_names) != config["class_names"]:
+        raise RunError(f"{run.dataset} has other classes than {args.run} was trained on")
     tag = config["weights"]["tag"]
     counts = count_parameters(model)
     trained, head = counts["trainable"], counts["head"]
@@ -270,7 +216,7 @@ def embed(args, model: nn.Module, config: dict, images: data.Images, names: list
 def answer(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
     """Print or write the likeliest classes of the images of --predict."""
     run, place = config["arguments"], args.predict
-    images = predictions.open_images(place, run.img_size, data.TASKS[run.dataset].augment)
+    images = predictions.open_images(place, run.img_size, run.augment)
     names = predictions.names_of(images, place if place.is_dir() else place.parent)
     logits, _ = answers(args, model, config, images)
     classes = class_names(config, logits.shape[1])
@@ -291,7 +237,7 @@ def hand_out(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
         batch = torch.randint(256, (8, 3, run.img_size, run.img_size), dtype=torch.uint8)
         compared = f"{len(batch)} random images (the run's are not here)"
     x = create_normalizer(run, model, torch.device("cpu"))(batch)
-    view = data.Images([], [], run.img_size, augment=data.TASKS[run.dataset].augment)
+    view = data.Images([], [], run.img_size, augment=run.augment)
     about = preparation(view, *mean_and_std(run, model))
     about |= {"class_names": config.get("class_names"), "weights": config["weights"]}
     base = Base(run.model, model.num_classes, run.img_size, run.checkpoint, not run.no_pretrained)
@@ -331,6 +277,8 @@ def main(argv: list[str] | None = None) -> None:
         with nullcontext() if args.download else offline():
             model, config = load_run(args.run, args.checkpoint)
             run = config["arguments"]
+            if os.path.isabs(run.dataset):  # a folder of one's own, which may have moved
+                run.dataset = os.path.abspath(args.data_dir or run.dataset)
             run.data_dir = args.data_dir or run.data_dir
             if config["source"] in data.SOURCES:
                 run.source = config["source"]  # what was read then, whatever else is there now

@@ -23,6 +23,7 @@ NORMS = ["imagenet", "none", "model"]
 FORMATS = ["markdown", "csv", "json", "latex"]
 PLACE = ("device", "workers", "out", "data_dir", "resume", "overwrite")  # not what a run is
 SOURCES = ["auto", "original", "prepared"]
+AUGMENT = ["none", "crop", "flip", "auto"]
 
 
 def printable(text: str) -> str:
@@ -62,6 +63,14 @@ WHOLE = number(int, 0, 2**31, f"from 0 to {2**31 - 1}")
 FRACTION = number(float, 0, 1, "in [0, 1)")
 POSITIVE = number(float, math.ulp(0.0), math.inf, "above 0")
 SIZE = number(float, 0, math.inf, "0 or more")
+SHARE = number(float, math.ulp(0.0), 1, "in (0, 1)")
+
+
+def augmentation(text: str) -> str | None:
+    """A flag's type: a key of views.VIEWS, or None for auto."""
+    if text not in AUGMENT:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(AUGMENT)}, not {text}")
+    return None if text == "auto" else text
 
 
 def by_target(text: str) -> float | dict[str, float]:
@@ -114,13 +123,25 @@ def amount(text: str) -> int:
 def add_flags(group: Callable[[str], Callable]) -> None:
     """Every flag of a run; group(title) returns what adds a flag under that title."""
     flag = group("data")
-    flag("--dataset", default="digits", help="a task name, or see suite.py (default: digits)")
+    help_of_datasets = "a task's name, or a folder of your own images (default: digits)"
+    flag("--dataset", default="digits", help=help_of_datasets)
     flag("--data-dir", type=os.path.abspath, default="data", help="where data lie (default: data)")
     help_of_source = "original, prepared, or auto (originals if available; default)"
     flag("--source", choices=SOURCES, default="auto", help=help_of_source)
     flag("--img-size", type=COUNT, help="side in pixels (default: the model's own)")
     help_of_norms = "mean and std of the inputs (default: imagenet, as in most published numbers)"
     flag("--normalize", choices=NORMS, default="imagenet", help=help_of_norms)
+    help_of_augment = "none, crop, flip or auto (none; FGVC and own images: crop; default: auto)"
+    flag("--augment", type=augmentation, help=help_of_augment)
+
+    flag = group("your own images")
+    help_of_test = "of each class, where there is no test/ and no val/ (default: 0.2)"
+    flag("--test-share", type=SHARE, default=0.2, help=help_of_test)
+    help_of_val = "of each class's training images, scored with --val (default: 0.2)"
+    flag("--val-share", type=SHARE, default=0.2, help=help_of_val)
+    flag("--split-seed", type=WHOLE, default=0, help="draws these shares (default: 0)")
+    help_of_bad = "leave out what cannot be read (default: stop and name it)"
+    flag("--skip-bad-images", action="store_true", help=help_of_bad)
 
     flag = group("model")
     flag("--model", help="timm name with its tag (default: the paper's ViT-B/16; digits: vit_nano)")
@@ -173,7 +194,11 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--gate", choices=["code", "paper"], help=help_of_gates)
 
     flag = group("optimisation")
-    flag("--epochs", type=COUNT, help="passes over the images (default: 100, as common; digits 20)")
+    flag(
+        "--epochs",
+        type=COUNT,
+        help="passes over the images (default: 100, as common; digits 20, own 30)",
+    )
     flag("--batch-size", type=COUNT, default=64, help="default: 64, as published; none is dropped")
     flag("--lr", type=POSITIVE, help="AdamW's peak (default: 1e-3, as common; digits: 8e-3)")
     flag("--weight-decay", type=FRACTION, default=1e-4, help="of matrices (default: 1e-4)")
@@ -183,7 +208,7 @@ def add_flags(group: Callable[[str], Callable]) -> None:
 
     flag = group("run")
     flag("--seed", type=WHOLE, default=0, help="random seed (default: 0)")
-    flag("--val", action="store_true", help="train on 800, score val200: to choose settings")
+    flag("--val", action="store_true", help="to choose settings: train on 800, score val200")
     flag("--amp", choices=AMP, default="auto", help="mixed precision (default: bf16 on CUDA)")
     flag("--compile", action="store_true", help="torch.compile (takes longer than the demo)")
     flag("--grad-checkpoint", action="store_true", help="recompute blocks: less memory, more time")

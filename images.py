@@ -1,4 +1,4 @@
-"""Images: lists and files as they lie on disk, decoding, augmentation, batches and the cache.
+"""Images: lists and files as they lie on disk, decoding, batches, memory and the cache.
 
 train.prepare(device)                               # decoded once, then read from a cache
 for x, y in train.epoch(order, 64, seed="0 0"): ... # (B, 3, S, S) uint8, (B,)
@@ -13,6 +13,7 @@ import io
 import math
 import multiprocessing
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,26 +21,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from files import regular
 from splits import DataError
+from views import BICUBIC, VIEWS, mirrored
 
 # what Pillow may open; it would start other programs for some (Ghostscript for EPS)
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 FEW = 5e6  # pixels that are decoded before a worker process has started
-BICUBIC = TF.InterpolationMode.BICUBIC
-NORMALIZE = {  # channel mean and std
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
 Item = Path | bytes | np.ndarray  # a file, an encoded image, or pixels (H, W) or (H, W, 3) of uint8
 
 
@@ -97,14 +93,22 @@ class Images(Dataset):
     """One selection of a task's images, such as its 1000 training images.
 
     Item i is (image (3, S, S) uint8, label int), the same at every reading: the test view, or with
-    `seed` set, a random crop and flip that depend on the seed and i alone.
+    `seed` set, one that is drawn by the seed and i alone.
 
-    Attributes: `items` (N), `labels` (N,) int64, `augment` ("none": the whole image at S x S;
-    "crop": the centre crop, and random ones in `epoch`), `source` ("original", "prepared", "lists",
-    "embedded"), `official` (whether this is the benchmark's own split, whole, as far as it can be
-    proven), `digests` (sha256 of the keys, or labels, of each slice), `description` (that for
-    people, no more), `cache` (a file or None).
+    Attributes: `items` (N), `labels` (N,) int64, `augment` (a key of VIEWS), `upright` (whether
+    EXIF's orientation counts), `source` ("original", "prepared", "lists", "embedded", "folder"),
+    `official` (whether this is the benchmark's own split, whole, as far as it can be proven; of a
+    folder, whether all of it is read), `digests` (sha256 of the keys, or labels, of each slice),
+    `description` (that for people, no more), `cache` (a file), `role` ("train", "val", "test"); of
+    a folder: `folder`, `class_names`, `left_out` (how many could not be read).
     """
+
+    source = description = role = ""
+    official = False
+    cache: Path | None = None
+    class_names: Sequence[str] | None = None
+    folder: str | None = None
+    left_out = 0
 
     def __init__(
         self,
@@ -113,23 +117,17 @@ class Images(Dataset):
         img_size: int,
         *,
         augment: str = "none",
-        source: str = "",
-        official: bool = False,
-        digests: dict[str, str] | None = None,
-        description: str = "",
-        cache: Path | None = None,
+        upright: bool = False,
     ) -> None:
         self.items = self.files = items  # `items` become arrays in memory, `files` stay
         self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
         self.img_size = img_size
         self.augment = augment
-        self.source = source
-        self.official = official
-        self.digests = digests or {}
-        self.description = description
-        self.cache = cache
+        self.upright = upright
+        self.digests: dict[str, str] = {}
+        self.view = VIEWS[augment]
         # the resized image's short side before the crop: 256 for 224
-        self.short = round(img_size / 0.875) if augment == "crop" else None
+        self.short = round(img_size * self.view.margin) if self.view.margin else None
         self.seed = None
         self.prepared = None
 
@@ -138,17 +136,10 @@ class Images(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         image = self._scaled(i)
-        size = [self.img_size, self.img_size]
-        if self.seed is not None:
-            with torch.random.fork_rng(devices=[]):
-                # the CPU's generator alone: manual_seed() would reseed the GPU's too
-                torch.default_generator.manual_seed(zlib.crc32(f"{self.seed} {i}".encode()))
-                box = RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
-                flip = torch.rand(()) < 0.5
-            image = TF.resized_crop(image, *box, size, BICUBIC)
-            image = TF.hflip(image) if flip else image
-        elif self.augment == "crop":
-            image = TF.center_crop(image, size)
+        if self.seed is None:
+            image = self.view.test(image, self.img_size)
+        else:
+            image = self.view.draw(image, self.img_size, f"{self.seed} {i}")
         return TF.pil_to_tensor(image), int(self.labels[i])
 
     def __getitems__(self, indexes: list[int]) -> list[tuple[Tensor, int]] | DataError:
@@ -162,17 +153,19 @@ class Images(Dataset):
         """Image i in RGB, at S x S, or before a crop with its short side at the crop's measure."""
         item = self.items[i]
         try:
-            image = open_image(item).convert("RGB")
+            image = open_image(item)
+            if self.upright:
+                image = ImageOps.exif_transpose(image)
+            image = image.convert("RGB")
         except Exception as error:  # whatever a damaged file makes Pillow raise
             raise DataError(f"cannot read image {_name(item)}: {error}; get it again") from error
         return TF.resize(image, self.short or [self.img_size, self.img_size], BICUBIC)
 
     def prepare(self, device: torch.device | str = "cpu", workers: int = 4) -> None:
-        """Decode once what every epoch needs: all images on `device`, or if they are augmented, in
-        memory before the crop, as far as they fit."""
-        if self.augment == "crop":
+        """Decode what every epoch needs, if it fits: all images on `device`, or before a crop."""
+        if self.short:
             self.hold(workers)
-        else:
+        elif self._fits(3 * len(self) * self.img_size**2, free_memory(device) // 2):
             self.prepared = self.tensors(device, workers)
 
     def epoch(
@@ -183,10 +176,15 @@ class Images(Dataset):
         if self.prepared is not None:
             images, labels = self.prepared
             for rows in order.to(images.device).split(batch_size):
-                yield images[rows], labels[rows]
+                batch = images[rows]
+                if self.augment == "flip":
+                    keys = [f"{seed} {row}" for row in rows.tolist()]
+                    mirror = torch.tensor(list(map(mirrored, keys)), device=batch.device)
+                    batch = torch.where(mirror[:, None, None, None], batch.flip(-1), batch)
+                yield batch, labels[rows]
             return
         view = copy.copy(self)
-        view.seed = seed if self.augment == "crop" else None
+        view.seed = seed
         yield from view._load(order.tolist(), batch_size, workers)
 
     def batches(self, batch_size: int, workers: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
@@ -200,7 +198,7 @@ class Images(Dataset):
             workers = 0  # each process would be sent all pixels
         if len(order) * self.img_size**2 < FEW:
             workers = 0
-        workers = min(workers, _cores())
+        workers = min(workers, cores())
         batches = DataLoader(
             self,
             batch_size,
@@ -234,22 +232,21 @@ class Images(Dataset):
     def hold(self, workers: int = 4, limit: int | None = None) -> bool:
         """Keep the images in memory, (H, W, 3) uint8 with the short side that the test view has
         before its crop, so that an epoch decodes nothing. Says how much that takes; does nothing
-        above `limit` bytes (default: half of the machine's memory). True if they are held."""
+        above `limit` bytes (default: half of the free memory). True if they are held."""
         need = 0
         for item in self.files:
             with open_image(item) as image:
                 width, height = image.size
             long_side = int(self.short * max(width, height) / min(width, height))
             need += 3 * self.short * long_side
-        limit = _memory() // 2 if limit is None else limit
-        takes = f"{len(self)} images at {self.short} pixels take {need / 2**30:.2f} GiB"
-        if need > limit:
-            print(f"{takes} of memory, over the limit of {limit / 2**30:.2f}: read from the files")
+        if not self._fits(need, free_memory() // 2 if limit is None else limit):
             return False
-        print(f"{takes} of memory, and as much on disk in {self.cache}")
+        on_disk = f", and as much on disk in {self.cache}" if self.cache else ""
+        takes = f"{len(self)} images at {self.short} pixels take {need / 2**30:.2f} GiB"
+        print(f"{takes} of memory{on_disk}")
 
         def decode() -> dict[str, Tensor]:
-            with ThreadPoolExecutor(min(workers, _cores()) or 1) as pool:  # side by side
+            with ThreadPoolExecutor(min(workers, cores()) or 1) as pool:  # side by side
                 images = pool.map(self._scaled, range(len(self)))
                 arrays = [np.array(image) for image in self._bar(images, len(self))]
             return {str(i): torch.from_numpy(array) for i, array in enumerate(arrays)}
@@ -257,6 +254,13 @@ class Images(Dataset):
         held = self._cached(decode)
         self.items = [held[str(i)].numpy() for i in range(len(self))]
         return True
+
+    def _fits(self, need: int, limit: int) -> bool:
+        """Whether so many bytes are within the limit; says so if they are not."""
+        if need > limit:
+            takes = f"{len(self)} images take {need / 2**30:.2f} GiB of memory"
+            print(f"{takes}, over the limit of {limit / 2**30:.2f}: read from the files")
+        return need <= limit
 
     def _bar(self, items: Iterable, total: int) -> Iterable:
         return tqdm(items, f"decoding {len(self)} images", total, disable=None)
@@ -322,14 +326,19 @@ def _collate(items: list[tuple[Tensor, int]] | DataError) -> list[Tensor] | Data
     return items if isinstance(items, DataError) else default_collate(items)
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _memory() -> int:
-    """The machine's memory in bytes, where it tells."""
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that a device has to spare, as far as it tells."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # its "available" counts the files that Linux would let go
+        return int(re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[1]) << 10
     has_it = hasattr(os, "sysconf")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if has_it else 8 << 30
 
@@ -339,12 +348,3 @@ def _crc32(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         crc = zlib.crc32(tensors[name].numpy(), crc)
     return f"{crc:08x}"
-
-
-def normalizer(mean: tuple, std: tuple, device: torch.device | str) -> Callable[[Tensor], Tensor]:
-    """A function from (B, 3, S, S) uint8 to new float32 images (x / 255 - mean) / std, one value
-    per RGB channel."""
-    mean = torch.tensor(mean, device=device).view(3, 1, 1) * 255
-    std = torch.tensor(std, device=device).view(3, 1, 1) * 255
-    # to the device as bytes, a quarter of the way
-    return lambda images: (images.to(device).float() - mean) / std

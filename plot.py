@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import data
 from baselines import METHODS
-from eval import read_config
+from configs import read_config
 from figures import FORMATS, LOOKS, PAGE, check_file, draw_method, new_figure, save
 from files import RunError, check_shape, read_log
 from flags import DEVICES, Parser, printable

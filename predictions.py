@@ -9,62 +9,38 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-from PIL import ImageOps
 from torch import Tensor, nn
 
 from files import new
-from images import Images, open_image
+from folders import ENDINGS, files_below, is_image
+from images import Images
 from splits import DataError
-
-# files that are taken for images in a folder; one that is named may have any name
-ENDINGS = (".png .jpg .jpeg .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm").split()
-
-
-class Upright(Sequence):
-    """Image files as pixels (H, W, 3) uint8, turned as their EXIF orientation says, read when
-    asked for; DataError, naming the file, for one that cannot be read."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        try:
-            with open_image(self.files[i]) as image:
-                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except Exception as error:  # whatever a damaged file makes Pillow raise
-            raise DataError(f"--predict: cannot read image {self.files[i]}: {error}") from error
 
 
 def open_images(place: Path, img_size: int, augment: str) -> Images:
     """The images of a file or a folder, in the order of their names, with labels -1.
 
-    They are resized and cropped like a run's test images: `augment` and `img_size` as for `Images`.
-    Raises DataError if there is none.
+    They are turned as their EXIF orientation says, and resized and cropped like a run's test images:
+    `augment` and `img_size` as for `Images`. Raises DataError if there is none.
     """
     files = [place]
     if place.is_dir():
-        inside = sorted(place.rglob("*"))
-        files = [path for path in inside if path.suffix.lower() in ENDINGS and path.is_file()]
+        files = list(filter(is_image, files_below(place)))
     elif not place.is_file():
         raise DataError(f"--predict: there is no image and no folder {place}")
     if not files:
         raise DataError(f"--predict: no image in {place} ({' '.join(ENDINGS)})")
-    return Images(Upright(files), [-1] * len(files), img_size, augment=augment)
+    return Images(files, [-1] * len(files), img_size, augment=augment, upright=True)
 
 
 def names_of(images: Images, root: Path) -> list[str]:
     """The path of each image below `root`, whole if it lies elsewhere; its number if no file."""
-    files = images.files.files if isinstance(images.files, Upright) else images.files
     names = []
-    for i, file in enumerate(files):
+    for i, file in enumerate(images.files):
         if not isinstance(file, Path):
             names.append(str(i))
         elif file.is_relative_to(root):
@@ -79,19 +55,25 @@ def scored(names: list[str], labels: Tensor, logits: Tensor, classes: list[str])
     probabilities, predictions = logits.double().softmax(1).max(1)
     rows = []
     for i, name in enumerate(names):
-        row = {"image": name, "label": classes[labels[i]], "prediction": classes[predictions[i]]}
-        rows.append(row | {"probability": f"{probabilities[i]:.6f}"})
+        label = classes[labels[i]]
+        guess = classes[predictions[i]]
+        row = {"image": name, "label": label, "prediction": guess}
+        row["probability"] = f"{probabilities[i]:.6f}"
+        rows.append(row)
     return rows
 
 
 def best(names: list[str], logits: Tensor, classes: list[str], k: int) -> list[dict]:
     """k rows an image, or as many as there are classes: the most probable classes, in order."""
-    probabilities, predictions = logits.double().softmax(1).topk(min(k, len(classes)))
+    k = min(k, len(classes))
+    probabilities, predictions = logits.double().softmax(1).topk(k)  # (N, k)
     rows = []
-    for name, likely, guesses in zip(names, probabilities, predictions, strict=True):
-        for rank, (probability, guess) in enumerate(zip(likely, guesses, strict=True), 1):
-            row = {"image": name, "rank": rank, "prediction": classes[guess]}
-            rows.append(row | {"probability": f"{probability:.6f}"})
+    for i, name in enumerate(names):
+        for rank in range(k):
+            guess = classes[predictions[i, rank]]
+            row = {"image": name, "rank": rank + 1, "prediction": guess}
+            row["probability"] = f"{probabilities[i, rank]:.6f}"
+            rows.append(row)
     return rows
 
 
@@ -137,6 +119,7 @@ class Embedding(nn.Module):
 
 def write_features(path: Path, features: Tensor, labels: Tensor, names: list[str]) -> None:
     """A new .npz file: features (N, D) float32, labels (N,) int64 with -1 for none, images (N,)."""
-    arrays = {"features": features.numpy(), "labels": labels.numpy(), "images": np.array(names)}
+    arrays = {"features": features.numpy(), "labels": labels.numpy()}
+    arrays["images"] = np.array(names)
     with new(path, "--features") as draft, open(draft, "wb") as file:
         np.savez(file, **arrays)

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+import photos
 from files import ModelError, RunError, read_json, sha256
 from flags import PLACE, printable, shown
 from processes import launched, let_the_first_speak, ranks
@@ -206,7 +207,7 @@ def provenance(device: torch.device) -> dict:
 def identity(args: argparse.Namespace, defaults: argparse.Namespace) -> dict:
     """What makes a run this run: the settings that differ from the defaults, and `ALWAYS`.
 
-    A local checkpoint counts by its digest, not by its path.
+    A local checkpoint counts by its digest, not by its path, and so does a folder of images.
     """
     usual = vars(defaults)
     own = {}
@@ -215,7 +216,7 @@ def identity(args: argparse.Namespace, defaults: argparse.Namespace) -> dict:
             own[name] = value
     if args.checkpoint:
         own["checkpoint"] = sha256(args.checkpoint)
-    return own
+    return own | photos.identity(args.dataset)
 
 
 def run_folder(out: str | os.PathLike, own: dict) -> Path:
@@ -247,7 +248,7 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
     except RunError:  # none yet, damaged, or an older version's
         return None
     for name, value in vars(args).items():
-        if name not in (*PLACE, "checkpoint") and name in then and then[name] != value:
+        if name not in (*PLACE, "checkpoint", "dataset") and name in then and then[name] != value:
             flag = name.replace("_", "-")
             raise RunError(
                 f"{folder} was run with --{flag} {then[name]}, the default of its time; "
@@ -335,7 +336,8 @@ def collect(*folders: str | Path, tasks: Container, methods: Container) -> list[
             print(printable(reason), file=sys.stderr)
             continue
         top1 = float(metrics[f"{split}_top1"])
-        known = metrics["dataset"] in tasks and own["method"] in methods
+        is_task = metrics["dataset"] in tasks or photos.FOLDER in own
+        known = is_task and own["method"] in methods
         if known:
             results.append(Result(arguments, own, metrics, split, top1))
         else:

@@ -45,7 +45,8 @@ class Original:
 class Found:
     """What a reader found, by role: `images` (paths, encoded images or an array) and `labels`; the
     names of its file `formats`; `digests`, sha256 of a slice's keys or labels in order; whether all
-    that can be compared `agrees` with the official split; `title` and `notes` for people."""
+    that can be compared `agrees` with the official split; the number of unreadable images that were
+    `left_out`; `title` and `notes` for people."""
 
     source: str
     title: str
@@ -54,6 +55,7 @@ class Found:
     formats: set[str] = field(default_factory=set)
     digests: dict[str, str] = field(default_factory=dict)
     agrees: bool = True
+    left_out: int = 0
     notes: list[str] = field(default_factory=list)
 
 

@@ -72,12 +72,12 @@ def rows_of(results: list[Result], chosen: Sequence[str] = ()) -> list[Row]:
     for result in results:
         settings = {"model": result.metrics["model"]}  # with its weights
         for name, value in result.identity.items():
-            if name not in ("dataset", "seed", "val", "checkpoint", "model", *chosen):
+            if name not in ("dataset", "seed", "val", "checkpoint", "model", data.FOLDER, *chosen):
                 settings[name] = value
-        task = data.TASKS[result.metrics["dataset"]]
-        key = task.benchmark, result.split, json.dumps(settings, sort_keys=True)
+        benchmark, name = data.place_in_table(result.metrics["dataset"], result.identity)
+        key = benchmark, result.split, json.dumps(settings, sort_keys=True)
         by_task = tables.setdefault(key, {})
-        by_seed = by_task.setdefault(task.name, {})
+        by_seed = by_task.setdefault(name, {})
         by_seed[result.metrics["seed"]] = result
         arguments[key] = result.arguments | {"model": settings["model"]}
     # one task alone has no means
@@ -113,13 +113,13 @@ def label(arguments: dict, rivals: list[dict]) -> str:
 def task_rows(benchmark: str, found: dict) -> list[Row]:
     """A row for each task that has a result."""
     rows = []
-    for task in data.tasks_of(benchmark):
-        results = found.get(task.name, {})
+    for name, group in data.groups_of(benchmark, found).items():
+        results = found.get(name, {})
         if not results:
             continue
         sources = {result.metrics["data"] for result in results.values()}
         scores = {seed: result.top1 for seed, result in results.items()}
-        row = Row(task.group, task.name, is_official(results), *over_seeds(scores))
+        row = Row(group, name, is_official(results), *over_seeds(scores))
         row.data = "; ".join(sorted(sources))
         row.scores = scores
         rows.append(row)

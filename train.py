@@ -43,6 +43,7 @@ from baselines import METHODS
 from eval import create_model, create_normalizer, evaluate, load_data, rank_within
 from files import RunError, whole, write_json, write_log
 from model import adapter_state, check_gradients, find_method, save_adapter
+from photos import write_lists
 from processes import (
     PADDING,
     agreed,
@@ -182,11 +183,13 @@ def train_and_score(args: argparse.Namespace, folder: Path, own: dict, before: d
 
     # from here on the run writes
     config = {"arguments": vars(args), "identity": own, "source": train.source, "amp": amp}
-    config |= {"weights": weights, "data": test.description, **provenance(device)}
+    config |= {"weights": weights, "data": test.description, "class_names": train.class_names}
+    config |= provenance(device)
     if rank() == 0:
         clear_folder(folder, keep_state=args.resume or not args.overwrite)
+        write_lists(folder, train, test)
         write_json(folder / "config.json", config)
-    print(f"{args.method} on {args.dataset}, {weights['tag']}, {device}: {train.description}")
+    print(f"{args.method} on {own['dataset']}, {weights['tag']}, {device}: {train.description}")
     print("{} of {} linear layers adapted; ".format(*model.adapted), end="")
     print("{trainable:,} of {total:,} parameters train, {head:,} in the head".format(**counts))
 
@@ -261,12 +264,11 @@ def train_and_score(args: argparse.Namespace, folder: Path, own: dict, before: d
     scores = evaluate(model, test, normalize, amp=amp, workers=args.workers)
     split = "val" if args.val else "test"
     metrics = {
-        "dataset": args.dataset,
+        "dataset": own["dataset"],
         "method": args.method,
         "model": weights["tag"],
         "seed": args.seed,
-        f"{split}_top1": scores["top1"],
-        f"{split}_loss": scores["loss"],
+        **{f"{split}_{name}": value for name, value in scores.items()},
         "data": test.description,
         "official": train.official and test.official,
         "digest": test.digest(),
@@ -275,6 +277,7 @@ def train_and_score(args: argparse.Namespace, folder: Path, own: dict, before: d
         "head_parameters": counts["head"],
         "train_seconds": round(done["seconds"], 1),
         "images": len(test),
+        "left_out": test.left_out,
         "peak_memory_mb": peak_memory_mb(device),
         "run": str(folder),
     }
@@ -290,7 +293,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     """
     task, method = data.find_task(args.dataset), find_method(args.method)
     args = argparse.Namespace(**vars(args))
-    args.dataset = task.name
+    args.dataset = task.argument
     for name, value in (task.recipe | method.recipe).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

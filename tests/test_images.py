@@ -83,7 +83,7 @@ def test_workers_are_forked_whatever_python_starts_by_default(prepared, monkeypa
     real = image_sets.DataLoader
     monkeypatch.setattr(image_sets, "DataLoader", loader)
     monkeypatch.setattr(image_sets, "FEW", 0)
-    monkeypatch.setattr(image_sets, "_cores", lambda: 2)
+    monkeypatch.setattr(image_sets, "cores", lambda: 2)
     digits = load("digits", img_size=14)[1]
     assert len(list(digits.batches(400, 2))) == 2 and asked == [(2, "fork")]
     monkeypatch.setattr(image_sets.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
@@ -175,7 +175,7 @@ def test_augmentation_depends_on_seed_and_index_alone(birds, monkeypatch):
         return images
 
     first = crops(0, "0 0")
-    monkeypatch.setattr(image_sets, "_cores", lambda: 2)
+    monkeypatch.setattr(image_sets, "cores", lambda: 2)
     monkeypatch.setattr(image_sets, "FEW", 0)  # with worker processes however few the images
     assert torch.equal(first, crops(2, "0 0"))
     assert torch.equal(first.flip(0), crops(0, "0 0", order[::-1]))
