@@ -24,8 +24,8 @@ from splits import DataError
 def open_images(place: Path, img_size: int, augment: str) -> Images:
     """The images of a file or a folder, in the order of their names, with labels -1.
 
-    They are turned as their EXIF orientation says, and resized and cropped like a run's test images:
-    `augment` and `img_size` as for `Images`. Raises DataError if there is none.
+    They are turned as their EXIF orientation says, then resized and cropped like a run's test
+    images: `augment` and `img_size` as for `Images`. Raises DataError if there is none.
     """
     files = [place]
     if place.is_dir():
