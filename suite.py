@@ -12,8 +12,8 @@ smaller value, and <out>/search.csv has all of it. Only then do the seeds run on
 and are tested.
 
 It takes train.py's flags, each with one value or several, and runs their product in this process;
-`--targets attn.qkv attn.qkv,mlp.fc1` are two values, and `--mask-prob 0.3 attn.qkv=0.5,mlp.fc1=0.3`
-are two. What is finished is skipped, and what was interrupted goes on. The same command in several
+`--targets attn.qkv attn.qkv,mlp.fc1` are two values, and so are `--mask-prob 0.3
+attn.qkv=0.5,mlp.fc1=0.3`. What is finished is skipped, and what was interrupted goes on. The same command in several
 shells, or on several machines that share --out, shares the runs out. Tasks whose data are missing
 are named at the end. The last line is JSON.
 """
@@ -117,6 +117,10 @@ class Trial:
     def mean(self) -> float:
         return statistics.mean(self.top1.values())
 
+    def merit(self) -> tuple[int, float]:
+        """The best is chosen; settings with which a seed diverged are behind those without."""
+        return len(self.top1), self.mean()
+
     def show(self, names: list[str]) -> str:
         """For example "lr=0.001"."""
         return " ".join(f"{name}={shown(self.arguments[name])}" for name in names)
@@ -129,6 +133,7 @@ def search(args: argparse.Namespace) -> tuple[list, dict]:
     runs are left out. The choice is on disk before it returns.
     """
     names = chosen_flags(args)
+    others = varied_flags(args, names)
     path = Path(args.out, "search.csv")
     every = argparse.Namespace(**vars(args))
     every.val, every.seed = True, args.search_seed
@@ -142,13 +147,13 @@ def search(args: argparse.Namespace) -> tuple[list, dict]:
         trial = trials[without_seed(run)[0]]
         trial.top1[run.seed] = metrics["val_top1"]
         trial.folders[run.seed] = metrics["run"]
-        write_search(path, names, list(trials.values()), [])
+        write_search(path, [*others, *names], list(trials.values()), [])
 
     _, left_out = run_all(runs, note)
     scored = [trial for trial in trials.values() if trial.top1]
-    best = choose(scored, names)
+    best = choose(scored, names, others)
     if best:
-        write_search(path, names, scored, best)
+        write_search(path, [*others, *names], scored, best)
     runs = []
     for trial in best:
         for seed in args.seed if isinstance(args.seed, list) else [args.seed]:
@@ -175,20 +180,31 @@ def chosen_flags(args: argparse.Namespace) -> list[str]:
     return names
 
 
-def choose(trials: list[Trial], names: list[str]) -> list[Trial]:
-    """The trial with the best mean of each task, method and other setting, of equals the one with
-    the smaller values; says what was chosen from what."""
+def varied_flags(args: argparse.Namespace, names: list[str]) -> list[str]:
+    """The names of the other flags with several values: for each of these there is a choice."""
+    known = {"dataset", "method", "seed", "search_seed", "choose", *names}
+    lists = {name: value for name, value in vars(args).items() if isinstance(value, list)}
+    return [name for name, values in lists.items() if len(values) > 1 and name not in known]
+
+
+def choose(trials: list[Trial], names: list[str], others: list[str]) -> list[Trial]:
+    """The trial with the best mean of each task, method and value of the other flags, of equals
+    the one with the smaller values; says what was chosen from what.
+
+    Settings that follow from others, as the warm-up from the epochs, make no choice of their own.
+    """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
-        others = {name: value for name, value in trial.arguments.items() if name not in names}
-        groups.setdefault(json.dumps(others, sort_keys=True), []).append(trial)
+        own = [trial.arguments[name] for name in ("dataset", "method", *others)]
+        groups.setdefault(json.dumps(own), []).append(trial)
     best = []
     for rivals in groups.values():
         rivals.sort(key=lambda trial: [size(trial.arguments[name]) for name in names])
-        best.append(max(rivals, key=Trial.mean))  # the first of equals
+        best.append(max(rivals, key=Trial.merit))  # the first of equals
         task, method = best[-1].arguments["dataset"], best[-1].arguments["method"]
+        what = f"{method} on {task} {best[-1].show(others)}".rstrip()
         tried = [f"{trial.show(names)} {trial.mean():.2f}" for trial in rivals]
-        print(f"chosen on val200, {method} on {task}: {best[-1].show(names)} of {', '.join(tried)}")
+        print(f"chosen on val200, {what}: {best[-1].show(names)} of {', '.join(tried)}")
         for name in names:
             tried = [size(trial.arguments[name]) for trial in rivals]
             own = size(best[-1].arguments[name])

@@ -392,9 +392,28 @@ def test_of_equals_the_smaller_value_is_chosen(capsys):
 
     trials = [trial(3e-3, 8, 60.0, 62.0), trial(1e-3, 8, 61.0, 61.0), trial(2e-3, 8, 50.0)]
     trials += [trial(4e-3, 4, 10.0), trial(5e-3, 4, 20.0)]  # another setting
-    assert suite.choose(trials, ["lr"]) == [trials[1], trials[4]]
+    assert suite.choose(trials, ["lr"], ["rank"]) == [trials[1], trials[4]]
     out = capsys.readouterr().out
-    assert "mlae on dtd: lr=0.001 of lr=0.001 61.00, lr=0.002 50.00, lr=0.003 61.00" in out
+    assert "mlae on dtd rank=8: lr=0.001 of lr=0.001 61.00, lr=0.002 50.00, lr=0.003 61.00" in out
+
+
+def test_what_diverged_with_one_seed_is_not_chosen():
+    def trial(lr, *top1):
+        return suite.Trial({"dataset": "dtd", "method": "mlae", "lr": lr}, dict(enumerate(top1)), {})
+
+    trials = [trial(1e-3, 60.0, 61.0), trial(1e-2, 90.0)]  # its other seed diverged
+    assert suite.choose(trials, ["lr"], []) == trials[:1]
+
+
+def test_the_epochs_are_chosen_though_the_warm_up_follows_from_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL, "--mask-prob", 0, 0.5, "--epochs", 1, 2]  # the last one counts
+    out = call(capsys, *words, "--choose", "epochs")
+    with open("runs/search.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:5] == ["dataset", "method", "mask_prob", "epochs", "seed"]
+    assert [row["mask_prob"] for row in rows if row["chosen"] == "1"] == ["0.0", "0.5"]
+    assert out.count("chosen on val200, mlae on digits mask_prob=0.") == 2
 
 
 @pytest.mark.parametrize(
