@@ -62,6 +62,9 @@ def read_config(folder: Path) -> dict:
     for name in names or []:
         check_shape(name, str, f"{path}: class_names")
     check_shape(given, photos.FLAGS, f"{path}: arguments")
+    task = data.TASKS.get(given["dataset"])
+    if names and task and len(names) != task.classes:
+        raise RunError(f"{path}: class_names: {len(names)} of the {task.classes} of {task.name}")
     is_own = names and os.path.isabs(given["dataset"])  # its folder need not be here
     words = {
         "dataset": (given["dataset"], [given["dataset"]] if is_own else data.TASKS),

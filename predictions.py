@@ -29,7 +29,7 @@ def open_images(place: Path, img_size: int, augment: str) -> Images:
     """
     files = [place]
     if place.is_dir():
-        files = list(filter(is_image, files_below(place)))
+        files = [path for path in files_below(place) if is_image(path) and path.is_file()]
     elif not place.is_file():
         raise DataError(f"--predict: there is no image and no folder {place}")
     if not files:
