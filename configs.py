@@ -90,3 +90,13 @@ def read_config(folder: Path) -> dict:
         check_shape(target, str, f"{path}: arguments: targets")
     config["arguments"] = argparse.Namespace(**given)
     return config
+
+
+def look_in(config: dict, data_dir: str | None) -> None:
+    """Have a run's arguments find its data where they are now, and read what was read then."""
+    run = config["arguments"]
+    if os.path.isabs(run.dataset):  # a folder of one's own, which may have moved
+        run.dataset = os.path.abspath(data_dir or run.dataset)
+    run.data_dir = data_dir or run.data_dir
+    if config["source"] in data.SOURCES:
+        run.source = config["source"]  # whatever else is there now

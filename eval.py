@@ -15,7 +15,6 @@ nothing that is there already is overwritten.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,12 +32,12 @@ import prune
 from backbone import count_parameters, eval_mode, weights_of
 from baselines import METHODS
 from budget import adapter_size, nearest_rank, rank_within  # noqa: F401
-from configs import LARGEST, read_config
+from configs import LARGEST, look_in, read_config
 from export import AGREE, FORMATS, Base, check_place, export, preparation
 from files import NUMBER, RunError, check_new, read_json
 from flags import parse_eval
+from predictions import class_names, report, score
 from runs import autocast, one_line, pick_device
-from scores import class_names, report, score
 
 
 def load_data(args: argparse.Namespace, download: bool = True) -> tuple[data.Images, data.Images]:
@@ -151,6 +150,15 @@ def offline() -> Iterator[None]:
         hub.HF_HUB_OFFLINE = before
 
 
+def scored_images(config: dict, download: bool = False) -> data.Images:
+    """The test images of a run, or val200; RunError if its folder has other classes by now."""
+    run = config["arguments"]
+    _, images = load_data(run, download)
+    if images.class_names and list(images.class_names) != config["class_names"]:
+        raise RunError(f"{run.dataset} has other classes than the run was trained on")
+    return images
+
+
 def answers(
     args: argparse.Namespace, model: nn.Module, config: dict, images: data.Images
 ) -> tuple[Tensor, Tensor]:
@@ -166,9 +174,7 @@ def answers(
 def check(args: argparse.Namespace, model: nn.Module, config: dict) -> bool:
     """Print the scores of a run unmerged and merged; whether the two agree."""
     run = config["arguments"]
-    _, images = load_data(run, args.download)
-    if images.class_names and list(images.class_names) != config["class_names"]:
-        raise RunError(f"{run.dataset} has other classes than {args.run} was trained on")
+    images = scored_images(config, args.download)
     tag = config["weights"]["tag"]
     counts = count_parameters(model)
     trained, head = counts["trainable"], counts["head"]
@@ -230,7 +236,7 @@ def hand_out(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
     """Export a run, compare what was written on some of its images, print how to load it."""
     run, (kind, path) = config["arguments"], args.export
     try:
-        _, images = load_data(run, args.download)
+        images = scored_images(config, args.download)
         batch = next(images.batches(8, 0))[0]
         compared = f"{len(batch)} images of the run"
     except data.DataError:
@@ -254,7 +260,7 @@ def cut(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
         folder = args.out or run.with_name(f"{run.name}-prune{chosen}")
         check_new(folder, "--out")
     rows = prune.table(model, args.prune)
-    _, images = load_data(config["arguments"], args.download)
+    images = scored_images(config, args.download)
     if not config["arguments"].val:
         print("note: this looks at the test images again; choose on a run with --val")
     prune.print_table(model, rows, lambda net: score(*answers(args, net, config, images))["top1"])
@@ -276,12 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         agree = True
         with nullcontext() if args.download else offline():
             model, config = load_run(args.run, args.checkpoint)
-            run = config["arguments"]
-            if os.path.isabs(run.dataset):  # a folder of one's own, which may have moved
-                run.dataset = os.path.abspath(args.data_dir or run.dataset)
-            run.data_dir = args.data_dir or run.data_dir
-            if config["source"] in data.SOURCES:
-                run.source = config["source"]  # what was read then, whatever else is there now
+            look_in(config, args.data_dir)
             model.to(device)
             if args.predict:
                 answer(args, model, config)

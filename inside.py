@@ -22,10 +22,12 @@ from tqdm import tqdm
 import data
 from backbone import architecture, eval_mode
 from baselines import METHODS
-from eval import create_model, create_normalizer, load_data, load_run, offline, predict
-from files import RunError, check_shape
+from configs import look_in
+from eval import create_model, create_normalizer, load_run, offline, predict, scored_images
+from files import RunError
 from mlae import MLAELinear, expert_similarity
 from model import adapters
+from predictions import class_names
 
 SHOWN = 6  # test images whose attention is drawn
 
@@ -58,12 +60,8 @@ class Run:
     def images(self) -> data.Images:
         """What the run was scored on: the test images, or val200."""
         _, config = self.trained
-        args = config["arguments"]
-        args.data_dir = self.data_dir or args.data_dir
-        if config["source"] in data.SOURCES:
-            args.source = config["source"]
-        _, images = load_data(args, download=False)
-        return images
+        look_in(config, self.data_dir)
+        return scored_images(config)
 
     @cached_property
     def answers(self) -> tuple[Tensor, Tensor]:
@@ -84,15 +82,8 @@ class Run:
     @cached_property
     def classes(self) -> list[str]:
         """The names of the classes, or their numbers."""
-        _, config = self.trained
-        count = data.TASKS[config["arguments"].dataset].classes
-        names = config.get("class_names", list(map(str, range(count))))
-        check_shape(names, list, f"{self.folder / 'config.json'}: class_names")
-        for name in names:
-            check_shape(name, str, f"{self.folder / 'config.json'}: class_names")
-        if len(names) != count:
-            raise RunError(f"{self.folder}: {len(names)} class names for {count} classes")
-        return names
+        model, config = self.trained
+        return class_names(config, model.num_classes)
 
     @cached_property
     def experts(self) -> dict[str, MLAELinear]:
@@ -133,7 +124,7 @@ class Run:
         if args.no_pretrained:
             raise NoPicture(f"{self.name} had no pre-trained backbone to compare with")
         with offline():
-            base = create_model(args).to(self.device)
+            base = create_model(args, model.num_classes).to(self.device)
         right = self.images.labels.tolist()
         labels = sorted(set(right))[:SHOWN]
         images = torch.stack([self.images[right.index(label)][0] for label in labels])

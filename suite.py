@@ -13,9 +13,9 @@ and are tested.
 
 It takes train.py's flags, each with one value or several, and runs their product in this process;
 `--targets attn.qkv attn.qkv,mlp.fc1` are two values, and so are `--mask-prob 0.3
-attn.qkv=0.5,mlp.fc1=0.3`. What is finished is skipped, and what was interrupted goes on. The same command in several
-shells, or on several machines that share --out, shares the runs out. Tasks whose data are missing
-are named at the end. The last line is JSON.
+attn.qkv=0.5,mlp.fc1=0.3`. What is finished is skipped, and what was interrupted goes on. The same
+command in several shells, or on several machines that share --out, shares the runs out. Tasks
+whose data are missing are named at the end. The last line is JSON.
 """
 
 from __future__ import annotations

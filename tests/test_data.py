@@ -40,7 +40,8 @@ def test_names_and_aliases():
     with pytest.raises(DataError, match="unknown dataset 'cifra': did you mean 'cifar'"):
         data.find_task("cifra")
     with pytest.raises(
-        DataError, match="unknown dataset 'zzz': there is no such folder, and the tasks are vtab, fgvc, cifar, caltech101"
+        DataError,
+        match="unknown dataset 'zzz': there is no such folder, and the tasks are vtab, fgvc, cifar, caltech101",
     ):
         data.find_task("zzz")
 

@@ -16,8 +16,8 @@ import backbone
 import data
 import eval as evaluation
 import model as models
+import predictions
 import prune
-import scores
 import train
 
 
@@ -90,19 +90,19 @@ def test_scores_against_their_formulas():
             error += rows.mean() * gap
     order = probabilities.argsort(1)[:, -5:]
     top5 = np.mean((order == truth[:, None]).any(1))
-    found = scores.score(logits, labels)
+    found = predictions.score(logits, labels)
     assert found["mean_class_top1"] == pytest.approx(100 * np.mean(means), abs=0.005)
     assert found["mean_class_top1"] != found["top1"]
-    assert scores.calibration_error(logits, labels) == pytest.approx(error, abs=1e-12)
-    assert scores.top_accuracy(logits, labels) == pytest.approx(top5)
+    assert predictions.calibration_error(logits, labels) == pytest.approx(error, abs=1e-12)
+    assert predictions.top_accuracy(logits, labels) == pytest.approx(top5)
     table = np.zeros((7, 7), int)
     np.add.at(table, (truth, guess), 1)
     np.fill_diagonal(table, 0)
-    pairs = scores.confused(logits, labels)
+    pairs = predictions.confused(logits, labels)
     assert [count for *_, count, _ in pairs] == sorted(table.flatten())[::-1][:5]
     for label, taken, count, images in pairs:
         assert table[label, taken] == count and images == (truth == label).sum()
-    assert scores.confused(torch.eye(3), torch.arange(3)) == []
+    assert predictions.confused(torch.eye(3), torch.arange(3)) == []
 
 
 def rows_of(text):

@@ -232,7 +232,9 @@ def test_choosing_among_numbers_and_targets(tmp_path, capsys):
         arguments = {"dataset": "dtd", "method": "mlae", "mask_prob": p}
         trials.append(suite.Trial(arguments, {0: top1}, {0: "runs/dtd/a"}))
     for order in itertools.permutations(trials):
-        assert suite.choose(list(order), ["mask_prob"], []) == [trials[1]]  # 0.3 is below the mean 0.4
+        assert suite.choose(list(order), ["mask_prob"], []) == [
+            trials[1]
+        ]  # 0.3 is below the mean 0.4
     assert "mask_prob=attn.qkv=0.5,mlp.fc1=0.3 60.00" in capsys.readouterr().out
     suite.write_search(tmp_path / "search.csv", ["mask_prob"], trials, trials[:1])
     line = (tmp_path / "search.csv").read_text().splitlines()[1]

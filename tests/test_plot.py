@@ -333,7 +333,7 @@ def test_class_names_come_from_the_run(run):
     figure = pictures.draw_confusion([inside.Run(run, "mlae")])
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == names
     (run / "config.json").write_text(json.dumps(config | {"class_names": names[:3]}))
-    with pytest.raises(RunError, match="3 class names for 10 classes"):
+    with pytest.raises(RunError, match="class_names: 3 of the 10 of digits"):
         _ = inside.Run(run, "mlae").classes
 
 

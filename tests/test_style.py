@@ -70,7 +70,7 @@ def test_the_reading_path_is_short():
 
 # every script, and who may import whom: a script imports only from those above it
 ROOMS = """flags mlae masking snell baselines files backbone export model processes splits views images
-originals sources tasks folders photos runs data configs stats table scores predictions prune budget eval
+originals sources tasks folders photos runs data configs stats table predictions prune budget eval
 train suite figures inside pictures sweeps plot bench""".split()
 
 

@@ -399,7 +399,9 @@ def test_of_equals_the_smaller_value_is_chosen(capsys):
 
 def test_what_diverged_with_one_seed_is_not_chosen():
     def trial(lr, *top1):
-        return suite.Trial({"dataset": "dtd", "method": "mlae", "lr": lr}, dict(enumerate(top1)), {})
+        return suite.Trial(
+            {"dataset": "dtd", "method": "mlae", "lr": lr}, dict(enumerate(top1)), {}
+        )
 
     trials = [trial(1e-3, 60.0, 61.0), trial(1e-2, 90.0)]  # its other seed diverged
     assert suite.choose(trials, ["lr"], []) == trials[:1]
