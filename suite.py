@@ -219,16 +219,36 @@ def size(value):
 
 
 def write_search(path: Path, names: list[str], trials: list[Trial], best: list[Trial]) -> None:
-    """search.csv: a line for each run on val200, and whether its settings were chosen."""
-    waiting = lock(path.with_name("search.lock"), patience=60)  # others may be writing it too
-    with waiting, whole(path) as draft, open(draft, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["dataset", "method", *names, "seed", "val_top1", "chosen", "run"])
-        for trial in trials:
-            settings = [shown(trial.arguments[name]) for name in ("dataset", "method", *names)]
-            for seed, top1 in sorted(trial.top1.items()):
-                chosen = int(trial in best)
-                writer.writerow([*settings, seed, top1, chosen, trial.folders[seed]])
+    """search.csv: a line for each run on val200, and whether its settings were chosen; lines of
+    earlier searches in the same folder stay."""
+    lines = {}  # folder of a run -> its line
+    for trial in trials:
+        for seed, top1 in sorted(trial.top1.items()):
+            line = {name: shown(trial.arguments[name]) for name in ("dataset", "method", *names)}
+            line |= {"seed": seed, "val_top1": top1, "chosen": int(trial in best)}
+            lines[trial.folders[seed]] = line | {"run": trial.folders[seed]}
+    with lock(path.with_name("search.lock"), patience=60):  # others may be writing it too
+        earlier = read_search(path)
+        rows = [line for line in earlier if line["run"] not in lines]
+        rows += lines.values()
+        columns = dict.fromkeys(["dataset", "method", *names])
+        for line in earlier:
+            columns |= dict.fromkeys(line)
+        last = ["seed", "val_top1", "chosen", "run"]
+        columns = [name for name in columns if name not in last] + last
+        with whole(path) as draft, open(draft, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_search(path: Path) -> list[dict]:
+    """The lines of an earlier search.csv; none if there is none, or it is another file."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    return rows if all(None not in row and row.get("run") for row in rows) else []
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -326,7 +326,11 @@ def as_csv(rows: list[Row]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(asdict(rows[0]))
     for row in rows:
-        writer.writerow(asdict(row).values())
+        cells = asdict(row)
+        for name, value in cells.items():
+            if isinstance(value, dict):
+                cells[name] = json.dumps(value)
+        writer.writerow(cells.values())
     return file.getvalue().rstrip()
 
 

@@ -234,7 +234,9 @@ def test_the_tables_formats_agree(all_runs, capsys):
     lines = list(csv.DictReader(tabulated(capsys, folder, "--format", "csv")[0].splitlines()))
     assert len(rows["published"]) == 19 and len(lines) == len(rows["runs"])
     for line, row in zip(lines, rows["runs"], strict=True):
-        assert {key: "" if value is None else str(value) for key, value in row.items()} == line
+        for key, value in row.items():
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            assert line[key] == ("" if value is None else text)
     latex = tabulated(capsys, folder, "--format", "latex")[0]
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3
     assert r"smallnorb\_ele & " in latex
@@ -395,6 +397,23 @@ def test_of_equals_the_smaller_value_is_chosen(capsys):
     assert suite.choose(trials, ["lr"], ["rank"]) == [trials[1], trials[4]]
     out = capsys.readouterr().out
     assert "mlae on dtd rank=8: lr=0.001 of lr=0.001 61.00, lr=0.002 50.00, lr=0.003 61.00" in out
+
+
+def test_a_later_search_leaves_the_lines_of_an_earlier_one(tmp_path):
+    def trial(method, lr, top1):
+        arguments = {"dataset": "dtd", "method": method, "lr": lr, "rank": 4}
+        return suite.Trial(arguments, {0: top1}, {0: f"runs/{method}{lr}"})
+
+    path = tmp_path / "search.csv"
+    first = [trial("lora", 1, 50.0), trial("lora", 2, 60.0)]
+    suite.write_search(path, ["lr"], first, first[1:])
+    wider = [trial("lora", 2, 60.0), trial("lora", 3, 70.0)]  # the best was at the edge
+    suite.write_search(path, ["rank", "lr"], wider, wider[1:])
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:4] == ["dataset", "method", "rank", "lr"]
+    found = [(row["lr"], row["rank"], row["chosen"]) for row in rows]
+    assert found == [("1", "", "0"), ("2", "4", "0"), ("3", "4", "1")]
 
 
 def test_what_diverged_with_one_seed_is_not_chosen():
