@@ -20,6 +20,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from flags import parse_eval
+
+if __name__ == "__main__":
+    parse_eval(__doc__, None)  # --help and typing errors need not wait for torch
+
 import torch
 from huggingface_hub import constants as hub
 from torch import Tensor, nn
@@ -31,11 +36,9 @@ import predictions
 import prune
 from backbone import count_parameters, eval_mode, weights_of
 from baselines import METHODS
-from budget import adapter_size, nearest_rank, rank_within  # noqa: F401
 from configs import LARGEST, look_in, read_config
 from export import AGREE, FORMATS, Base, check_place, export, preparation
 from files import NUMBER, RunError, check_new, read_json
-from flags import parse_eval
 from predictions import class_names, report, score
 from runs import autocast, one_line, pick_device
 

@@ -40,7 +40,8 @@ from backbone import (
     weights_of,
 )
 from baselines import METHODS
-from eval import create_model, create_normalizer, evaluate, load_data, rank_within
+from budget import rank_within
+from eval import create_model, create_normalizer, evaluate, load_data
 from files import RunError, whole, write_json, write_log
 from model import adapter_state, check_gradients, find_method, save_adapter
 from photos import write_lists

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import backbone
+import budget
 import eval as evaluation
 import model as models
 import runs
@@ -99,7 +100,7 @@ def test_numbers_of_parameters_by_formula():
     four = [(dim, 3 * dim), *six[3:]]
 
     def size(method, sizes):
-        return evaluation.adapter_size(method, named(sizes), rank=rank)
+        return budget.adapter_size(method, named(sizes), rank=rank)
 
     assert size("snell", 12 * six) == 165_888 * rank
     assert size("snell", 12 * four) == 147_456 * rank
@@ -116,7 +117,7 @@ def test_numbers_of_parameters_by_formula():
 def test_a_budget_counts_what_trains_and_all_of_it_learns(method, targets, images, capsys):
     args = argparse.Namespace(model="vit_nano", img_size=28, targets=targets, method=method)
     vars(args).update(METHODS[method].settings, budget=30_000)
-    rank = evaluation.rank_within(args)
+    rank = budget.rank_within(args)
     net = make(method, targets=targets, rank=rank).train()
     if method == "mlae":
         set_mask_prob(net, 0.0)
@@ -144,7 +145,7 @@ def test_layer_norms_are_known_by_their_class():
 
 
 @pytest.mark.parametrize(
-    ("method", "budget", "want"),
+    ("method", "amount", "want"),
     [
         ("lora", 300_000, 8),  # 36,864 a rank
         ("lora", 8.51 * 36_864, 9),
@@ -154,15 +155,15 @@ def test_layer_norms_are_known_by_their_class():
         ("mor", 340_000 + 12 * 3080, 2),
     ],
 )
-def test_the_rank_nearest_to_a_budget(method, budget, want):
-    assert evaluation.nearest_rank(method, named(12 * [(768, 2304)]), budget) == want
+def test_the_rank_nearest_to_a_budget(method, amount, want):
+    assert budget.nearest_rank(method, named(12 * [(768, 2304)]), amount) == want
 
 
 def test_no_rank_for_a_method_without_one_or_with_a_wrong_setting():
     with pytest.raises(ValueError, match="bitfit has no rank"):
-        evaluation.nearest_rank("bitfit", {"fc": (8, 8)}, 100)
+        budget.nearest_rank("bitfit", {"fc": (8, 8)}, 100)
     with pytest.raises(ValueError, match="gate must be one of code, paper, not 'x'"):
-        evaluation.nearest_rank("snell", {"fc": (8, 8)}, 100, gate="x")
+        budget.nearest_rank("snell", {"fc": (8, 8)}, 100, gate="x")
 
 
 # ---- SNELL and SNELLA

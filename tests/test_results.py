@@ -1,0 +1,95 @@
+"""Every result on README.md and docs/results.md is the result of runs in results/."""
+
+import csv
+import itertools
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+import data
+from baselines import METHODS
+from files import read_log
+from runs import collect
+from stats import paired_difference
+from table import rows_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+MEAN = re.compile(r"\d+\.\d{2,3} ± \d+\.\d{2,3}")  # accuracies have two digits, similarities three
+DIFFERENCE = re.compile(r"[+-]?\d+\.\d\d \[-?\d+\.\d\d, -?\d+\.\d\d\]")
+
+
+def experiments():
+    """The folders below results/ that hold runs, and the finished runs of each."""
+    for folder in sorted(path for path in RESULTS.iterdir() if (path / "digits").is_dir()):
+        yield folder, collect(folder, tasks=data.TASKS, methods=METHODS)
+
+
+def spread(values, digits):
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+@pytest.fixture(scope="module")
+def known():
+    """(means, differences) of all runs, as the tables print them."""
+    means, differences = set(), set()
+    for folder, results in experiments():
+        rows = rows_of(results)
+        for row in rows:
+            if row.std is not None:
+                means.add(f"{row.top1:.2f} ± {row.std:.2f}")
+        for a, b in itertools.permutations(rows, 2):
+            mean, low, high, n = paired_difference(a.scores, b.scores)
+            if n > 1:
+                differences.add(f"{round(mean, 2) + 0.0:+.2f} [{low:.2f}, {high:.2f}]")
+        means |= similarities(folder)
+    means |= pruned()
+    return means, differences
+
+
+def similarities(folder):
+    """Of the experts as training ended, over the seeds of each configuration."""
+    by_settings = {}
+    for log in folder.rglob("log.csv"):
+        rows = read_log(log)
+        settings = re.sub(r"-seed\d+-\w+$", "", log.parent.name)
+        if "similarity" in rows[-1]:
+            by_settings.setdefault(settings, []).append(rows[-1]["similarity"])
+    return {spread(values, 3) for values in by_settings.values() if len(values) > 1}
+
+
+def pruned():
+    by_count = {}
+    with open(RESULTS / "pruning.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            key = row["mask_prob"], row["experts"]
+            by_count.setdefault(key, []).append(float(row["val_top1"]))
+    return {spread(values, 2) for values in by_count.values()}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_every_number_is_a_result(known, page):
+    text = (ROOT / page).read_text()
+    means, differences = known
+    found = MEAN.findall(text)
+    assert len(found) > 2 and not set(found) - means
+    assert not set(DIFFERENCE.findall(text)) - differences
+
+
+def test_runs_name_no_place_of_the_machine_that_made_them():
+    for _, results in experiments():
+        for result in results:
+            assert not Path(result.metrics["run"]).is_absolute()
+            assert not Path(result.arguments["data_dir"]).is_absolute()
+
+
+def test_each_search_says_what_was_chosen_among_what():
+    searches = sorted(RESULTS.rglob("search.csv"))
+    assert searches
+    for path in searches:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        chosen = [row for row in rows if row["chosen"] == "1"]
+        assert 0 < len(chosen) < len(rows), path
