@@ -8,7 +8,6 @@ nearest_rank("snell", sizes, 300_000)
 from __future__ import annotations
 
 import argparse
-import itertools
 
 from backbone import ModelError, create_backbone
 from baselines import METHODS
@@ -36,7 +35,8 @@ def nearest_rank(method: str, sizes: dict[str, tuple], budget: int, **settings) 
     if "rank" not in METHODS[method].settings or not sizes:
         raise ValueError(f"{method} has no rank to choose")
     off = {}  # rank -> how far it is from the budget
-    for rank in itertools.count(1):
+    highest = min(map(min, sizes.values()))
+    for rank in range(1, highest + 1):
         try:
             off[rank] = adapter_size(method, sizes, **settings, rank=rank) - budget
         except ValueError:
@@ -44,6 +44,8 @@ def nearest_rank(method: str, sizes: dict[str, tuple], budget: int, **settings) 
                 raise
         if off.get(rank, -1) >= 0:
             break
+    else:
+        raise ValueError(f"{budget:,} parameters are more than full rank has")
     return min(off, key=lambda rank: abs(off[rank]))
 
 

@@ -78,7 +78,8 @@ def read_config(folder: Path) -> dict:
         if word not in known:
             raise RunError(f"{path}: {name} {word} is unknown here")
     if not given["augment"]:
-        given["augment"] = data.TASKS[given["dataset"]].recipe["augment"]
+        recipe = photos.RECIPE if is_own else data.TASKS[given["dataset"]].recipe
+        given["augment"] = recipe["augment"]
     row = METHODS[given["method"]]
     for name, usual in row.settings.items():
         given.setdefault(name, usual)  # a run from before there was such a setting

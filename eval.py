@@ -153,12 +153,18 @@ def offline() -> Iterator[None]:
         hub.HF_HUB_OFFLINE = before
 
 
-def scored_images(config: dict, download: bool = False) -> data.Images:
-    """The test images of a run, or val200; RunError if its folder has other classes by now."""
-    run = config["arguments"]
+def scored_images(folder: Path, config: dict, download: bool = False) -> data.Images:
+    """The test images of a run, or val200; says so if they are others than it was scored on.
+
+    Raises RunError if its data have other classes by now.
+    """
+    run, then = config["arguments"], folder / "metrics.json"
     _, images = load_data(run, download)
     if images.class_names and list(images.class_names) != config["class_names"]:
         raise RunError(f"{run.dataset} has other classes than the run was trained on")
+    if then.exists() and read_json(then, {}).get("digest", "") not in ("", images.digest()):
+        note = "these are not the images that the run was scored on; it may have trained on some"
+        print(f"note: {note}", file=sys.stderr)
     return images
 
 
@@ -177,7 +183,7 @@ def answers(
 def check(args: argparse.Namespace, model: nn.Module, config: dict) -> bool:
     """Print the scores of a run unmerged and merged; whether the two agree."""
     run = config["arguments"]
-    images = scored_images(config, args.download)
+    images = scored_images(args.run, config, args.download)
     tag = config["weights"]["tag"]
     counts = count_parameters(model)
     trained, head = counts["trainable"], counts["head"]
@@ -195,7 +201,7 @@ def check(args: argparse.Namespace, model: nn.Module, config: dict) -> bool:
     classes = class_names(config, logits.shape[1])
     for line in report(logits, labels, classes):
         print(f"          {line}")
-    names = predictions.names_of(images, Path(run.data_dir))
+    names = predictions.names_of(images, Path(images.folder or run.data_dir))
     if args.predictions:
         rows = predictions.scored(names, labels, logits, classes)
         predictions.write_csv(args.predictions, rows, "--predictions")
@@ -239,7 +245,7 @@ def hand_out(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
     """Export a run, compare what was written on some of its images, print how to load it."""
     run, (kind, path) = config["arguments"], args.export
     try:
-        images = scored_images(config, args.download)
+        images = scored_images(args.run, config, args.download)
         batch = next(images.batches(8, 0))[0]
         compared = f"{len(batch)} images of the run"
     except data.DataError:
@@ -263,12 +269,12 @@ def cut(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
         folder = args.out or run.with_name(f"{run.name}-prune{chosen}")
         check_new(folder, "--out")
     rows = prune.table(model, args.prune)
-    images = scored_images(config, args.download)
+    images = scored_images(args.run, config, args.download)
     if not config["arguments"].val:
         print("note: this looks at the test images again; choose on a run with --val")
     prune.print_table(model, rows, lambda net: score(*answers(args, net, config, images))["top1"])
     if folder:
-        prune.write(folder, rows[chosen], config)
+        prune.write(folder, rows[chosen], config, chosen)
         print(f"python eval.py {folder}")
 
 

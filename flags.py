@@ -114,10 +114,10 @@ def shown(value: object) -> str:
 def amount(text: str) -> int:
     """A flag's type: a whole number, or one like 0.3M or 50K."""
     factor = {"k": 1e3, "m": 1e6}.get(text[-1:].lower(), 1)
-    count = round(float(text if factor == 1 else text[:-1]) * factor)
-    if count < 1:
+    count = float(text if factor == 1 else text[:-1]) * factor
+    if not 0.5 < count < 2**63:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
-    return count
+    return round(count)
 
 
 def add_flags(group: Callable[[str], Callable]) -> None:
@@ -250,7 +250,9 @@ def suite_parser(manual: str | None = None) -> Parser:
 
     add_flags(group)
     flag = parser.add_argument_group("choosing").add_argument
-    flag("--choose", nargs="+", metavar="FLAG", help="choose these on val200, as in: lr mask-prob")
+    flag(
+        "--choose", nargs="+", metavar="FLAG", help="choose these on val200 (--table: were chosen)"
+    )
     help_of_seeds = "seeds of the search on val200 (default: 0)"
     flag("--search-seed", nargs="+", type=WHOLE, default=[0], metavar="SEED", help=help_of_seeds)
     flag = parser.add_argument_group("table").add_argument

@@ -26,6 +26,7 @@ from splits import DataError
 ENDINGS = ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm".split()
 SYSTEM = ("thumbs.db", "desktop.ini")  # what Windows leaves in a folder
 SPLITS = ("train", "val", "test")
+LIKE_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 def places(folder: Path) -> dict[str, Path]:
@@ -33,9 +34,16 @@ def places(folder: Path) -> dict[str, Path]:
 
     A folder train/ that has no folders is a class of that name.
     """
-    if not entries(folder / "train", folders=True):
-        return {"train": folder}
-    return {split: folder / split for split in SPLITS if (folder / split).is_dir()}
+    known = {}
+    if entries(folder / "train", folders=True):
+        known = {split: folder / split for split in SPLITS if (folder / split).is_dir()}
+    for path in entries(folder, folders=True):
+        is_split = path.name.lower() in LIKE_SPLITS and entries(path, folders=True)
+        if is_split and path not in known.values():
+            there_are = "there is no train/" if not known else "it is not read"
+            remedy = "call the parts of a split train, val and test"
+            raise DataError(f"{path} looks like a part of a split, but {there_are}: {remedy}")
+    return known or {"train": folder}
 
 
 def entries(folder: Path, folders: bool) -> list[Path]:

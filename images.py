@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from files import regular
 from splits import DataError
-from views import BICUBIC, VIEWS, mirrored
+from views import BICUBIC, VIEWS, mirrored, upright
 
 # what Pillow may open; it would start other programs for some (Ghostscript for EPS)
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -155,7 +155,7 @@ class Images(Dataset):
         try:
             image = open_image(item)
             if self.upright:
-                image = ImageOps.exif_transpose(image)
+                image = upright(image)
             image = image.convert("RGB")
         except Exception as error:  # whatever a damaged file makes Pillow raise
             raise DataError(f"cannot read image {_name(item)}: {error}; get it again") from error
@@ -336,9 +336,9 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     """Bytes that a device has to spare, as far as it tells."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # its "available" counts the files that Linux would let go
-        return int(re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[1]) << 10
+    if (meminfo := Path("/proc/meminfo")).exists():  # "available": with files that may be let go
+        free = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())
+        return (int(free[1]) << 10) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's
     has_it = hasattr(os, "sysconf")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if has_it else 8 << 30
 

@@ -61,7 +61,7 @@ class Run:
         """What the run was scored on: the test images, or val200."""
         _, config = self.trained
         look_in(config, self.data_dir)
-        return scored_images(config)
+        return scored_images(self.folder, config)
 
     @cached_property
     def answers(self) -> tuple[Tensor, Tensor]:
@@ -97,6 +97,8 @@ class Run:
                 found[".".join([*numbers, words[-1]])] = layer
         if not found:
             raise NoPicture(f"{self.name} has no experts with a lambda")
+        if len({layer.rank for layer in found.values()}) > 1:
+            raise NoPicture(f"{self.name} was pruned to layers of different ranks")
         return found
 
     @cached_property

@@ -83,19 +83,28 @@ def task_of(name: str, cut: Cut = DEFAULT) -> Task:
     return Task(*row, reader, RECIPE, None, class_names=classes, upright=True, folder=str(folder))
 
 
-def identity(dataset: str) -> dict:
-    """What a run's identity says of a folder: its name, and a digest of its files' names and sizes,
-    so that it may lie anywhere; nothing of a task in the table."""
+def identify(own: dict, dataset: str, out: str | os.PathLike) -> dict:
+    """A run's identity with its folder's name, and a digest of its files' names and sizes, so that
+    it may lie anywhere; of a task in the table without the flags that are for folders.
+
+    Raises DataError if the runs would lie among the images.
+    """
     if not os.path.isabs(dataset):
-        return {}
+        unread = own.keys() & FLAGS.keys()
+        for name in sorted(unread):
+            flag = name.replace("_", "-")
+            print(f"note: --{flag} is for folders of images; it is ignored", file=sys.stderr)
+        return {name: value for name, value in own.items() if name not in unread}
     folder, digest = Path(dataset), hashlib.sha256()
+    if Path(out).resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"--out {out} lies among the images of {folder}: name another folder")
     parts, _ = sides(folder)
     for split, side in parts.items():
         for path in side.files:
             size = path.stat().st_size if path.exists() else 0
             name = path.relative_to(folder).as_posix()
             digest.update(os.fsencode(f"{split} {name} {size}\n"))
-    return {"dataset": printable(folder.name), FOLDER: digest.hexdigest()}
+    return own | {"dataset": printable(folder.name), FOLDER: digest.hexdigest()}
 
 
 def draw(side: Side, folder: Path, share: float, seed: int) -> tuple[Side, Side]:

@@ -62,8 +62,10 @@ def group(folders: list[Path]) -> dict[str, list[Path]]:
         members[seed] = folder
     rivals = [json.loads(key) for key in found]
     groups: dict[str, list[Path]] = {}
-    for arguments, members in found.values():
-        name = label(arguments, rivals)
+    for key, (arguments, members) in found.items():
+        settings = json.loads(key)
+        extra = {name: settings.get(name) for name in ("pruned", data.FOLDER)}
+        name = label(arguments | extra, rivals)
         groups[name] = [members[seed] for seed in sorted(members)]
     return groups
 
@@ -72,11 +74,17 @@ def read_curves(groups: dict[str, list[Path]]) -> dict[str, list[list[dict]]]:
     """{configuration: [the log's rows of each seed]}; RunError for a damaged log."""
     curves = {}
     for name, folders in groups.items():
+        missing = [folder for folder in folders if not (folder / "log.csv").exists()]
+        if missing:
+            leave_out("curves", NoPicture(f"{missing[0]} has no log.csv"))
+            continue
         logs = [read_log(folder / "log.csv") for folder in folders]
         for folder, rows in zip(folders, logs, strict=True):
             if len(rows) != len(logs[0]):
                 raise RunError(f"{folder} has {len(rows)} epochs, another seed's run has not")
         curves[name] = logs
+    if not curves:
+        raise NoPicture("there is no run that has a log")
     return curves
 
 
@@ -97,7 +105,7 @@ def draw_curves(curves: dict[str, list[list[dict]]]):
         words = f"{name} ({len(logs)} seeds)" if len(logs) > 1 else name
         looks = {"markersize": 3, "linewidth": 1.2, "markevery": max(1, len(epochs) // 10)}
         for axis, column in zip(axes[0], panels, strict=True):
-            if column not in logs[0][0]:
+            if any(column not in rows[0] for rows in logs):
                 axis.plot([], [], look)  # the next line keeps its colour
                 continue
             by_epoch = []

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from files import new
-from folders import ENDINGS, files_below, is_image
+from files import few, new
+from folders import ENDINGS, files_below, is_image, unreadable
 from images import Images
 from splits import DataError
 
@@ -123,8 +123,13 @@ def open_images(place: Path, img_size: int, augment: str) -> Images:
         files = [path for path in files_below(place) if is_image(path) and path.is_file()]
     elif not place.is_file():
         raise DataError(f"--predict: there is no image and no folder {place}")
+    bad = unreadable(files) if place.is_dir() else {}
+    if bad:
+        names = few([path.name for path in bad])
+        print(f"left out: {len(bad)} files that cannot be read: {names}", file=sys.stderr)
+        files = [path for path in files if path not in bad]
     if not files:
-        raise DataError(f"--predict: no image in {place} ({' '.join(ENDINGS)})")
+        raise DataError(f"--predict: no readable image in {place} ({' '.join(ENDINGS)})")
     return Images(files, [-1] * len(files), img_size, augment=augment, upright=True)
 
 

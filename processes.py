@@ -310,7 +310,7 @@ def restore(path: Path, model: torch.nn.Module, optimizer, scaler, digest: str) 
             check_shape(row, dict.fromkeys(row, NUMBER), "it: rows")
         if len(progress["rows"]) != progress["epoch"]:
             raise RunError("it has not a row for each epoch")
-        if state["digest"] != digest:
+        if agreed(state["digest"] != digest):
             print(f"the training images are not those of {path}: starting anew")
             return nothing
         check_dense(state["weights"], "it")

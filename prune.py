@@ -155,7 +155,7 @@ def print_table(
         print(f"{amount:>6}  {experts:7}  {parameters:10,}  {share:6.1%}  {top1(smaller):6.2f}")
 
 
-def write(folder: Path, smaller: nn.Module, config: dict) -> None:
+def write(folder: Path, smaller: nn.Module, config: dict, amount: int | float) -> None:
     """Write a pruned run that `eval.load_run` reads: config.json with the ranks, and the adapter.
 
     It has no metrics.json: tables of runs leave it out.
@@ -164,6 +164,7 @@ def write(folder: Path, smaller: nn.Module, config: dict) -> None:
     for name, layer in layers_of(smaller).items():
         ranks[name] = layer.rank
     config = config | {"arguments": vars(config["arguments"]), "ranks": ranks}
+    config["identity"] = config.get("identity", {}) | {"pruned": amount}
     with new(folder, "--out") as draft:
         draft.mkdir()
         save_adapter(smaller, draft / "adapter.safetensors", config)

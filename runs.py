@@ -216,7 +216,7 @@ def identity(args: argparse.Namespace, defaults: argparse.Namespace) -> dict:
             own[name] = value
     if args.checkpoint:
         own["checkpoint"] = sha256(args.checkpoint)
-    return own | photos.identity(args.dataset)
+    return photos.identify(own, args.dataset, args.out)
 
 
 def run_folder(out: str | os.PathLike, own: dict) -> Path:
@@ -248,7 +248,8 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
     except RunError:  # none yet, damaged, or an older version's
         return None
     for name, value in vars(args).items():
-        if name not in (*PLACE, "checkpoint", "dataset") and name in then and then[name] != value:
+        skipped = (*PLACE, *photos.FLAGS, "checkpoint", "dataset")  # identity has them
+        if name not in skipped and name in then and then[name] != value:
             flag = name.replace("_", "-")
             raise RunError(
                 f"{folder} was run with --{flag} {then[name]}, the default of its time; "
@@ -257,7 +258,7 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
     with suppress(OSError):  # it may have been killed before it did so
         (folder / "state.pt").unlink(missing_ok=True)
     print(f"finished before, so not run again (--overwrite does): {folder}")
-    return metrics
+    return metrics | {"run": str(folder)}  # it may have been moved
 
 
 def check_unfinished(folder: Path, args: argparse.Namespace) -> None:

@@ -122,8 +122,9 @@ class Trial:
         return len(self.top1), self.mean()
 
     def show(self, names: list[str]) -> str:
-        """For example "lr=0.001"."""
-        return " ".join(f"{name}={shown(self.arguments[name])}" for name in names)
+        """For example "lr=0.001"; without settings that the method has not."""
+        given = [name for name in names if self.arguments[name] is not None]
+        return " ".join(f"{name}={shown(self.arguments[name])}" for name in given)
 
 
 def search(args: argparse.Namespace) -> tuple[list, dict]:
@@ -207,6 +208,8 @@ def choose(trials: list[Trial], names: list[str], others: list[str]) -> list[Tri
         print(f"chosen on val200, {what}: {best[-1].show(names)} of {', '.join(tried)}")
         for name in names:
             tried = [size(trial.arguments[name]) for trial in rivals]
+            if not all(isinstance(value, int | float) for value in tried):
+                continue  # words, or a setting that the method has not
             own = size(best[-1].arguments[name])
             if own in (min(tried), max(tried)) and min(tried) < max(tried):
                 print(f"note: that is the smallest or largest {name}: try more values")
@@ -220,21 +223,26 @@ def size(value):
 
 def write_search(path: Path, names: list[str], trials: list[Trial], best: list[Trial]) -> None:
     """search.csv: a line for each run on val200, and whether its settings were chosen; lines of
-    earlier searches in the same folder stay."""
+    earlier searches in the same folder stay. `choice` are the flags that were chosen."""
     lines = {}  # folder of a run -> its line
+    choice = " ".join(names)
     for trial in trials:
         for seed, top1 in sorted(trial.top1.items()):
             line = {name: shown(trial.arguments[name]) for name in ("dataset", "method", *names)}
             line |= {"seed": seed, "val_top1": top1, "chosen": int(trial in best)}
+            line["choice"] = choice
             lines[trial.folders[seed]] = line | {"run": trial.folders[seed]}
     with lock(path.with_name("search.lock"), patience=60):  # others may be writing it too
         earlier = read_search(path)
-        rows = [line for line in earlier if line["run"] not in lines]
+        rows = []
+        for line in earlier:
+            if line["choice"] != choice or line["run"] not in lines:
+                rows.append(line)
         rows += lines.values()
         columns = dict.fromkeys(["dataset", "method", *names])
         for line in earlier:
             columns |= dict.fromkeys(line)
-        last = ["seed", "val_top1", "chosen", "run"]
+        last = ["seed", "val_top1", "chosen", "choice", "run"]
         columns = [name for name in columns if name not in last] + last
         with whole(path) as draft, open(draft, "w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
@@ -248,7 +256,8 @@ def read_search(path: Path) -> list[dict]:
         return []
     with open(path, newline="", errors="replace") as file:
         rows = list(csv.DictReader(file))
-    return rows if all(None not in row and row.get("run") for row in rows) else []
+    ours = all(None not in row and row.get("run") and "choice" in row for row in rows)
+    return rows if ours else []
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -262,7 +271,8 @@ def main(argv: list[str] | None = None) -> None:
             known = collect(folder, tasks=data.TASKS, methods=METHODS)
             if not known:
                 raise RunError(f"--table: there is no finished run in {folder}")
-            rows = rows_of(known)
+            names = [name.lstrip("-").replace("-", "_") for name in args.choose or ()]
+            rows = rows_of(known, chosen=names)
             if against:
                 compare(rows, against)
             print(tabulate(rows, form))

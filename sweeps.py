@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+import data
 from baselines import METHODS
 from figures import LOOKS, PAGE, fold, tile
 from files import RunError
+from flags import shown
 from runs import Result
 from stats import interval
 from table import label
@@ -30,7 +32,8 @@ def read_sweep(results: list[Result], setting: str) -> dict[tuple, dict]:
     """
     panels: dict[tuple, list] = {}
     for result in results:
-        key = result.metrics["dataset"], result.split
+        _, task = data.place_in_table(result.metrics["dataset"], result.identity)
+        key = task, result.split
         panels.setdefault(key, []).append(result)
     sweeps = {}
     for panel, members in panels.items():
@@ -59,7 +62,7 @@ def value_of(result: Result, setting: str):
     """The value of a setting, a list as text; None if the run's method has none."""
     row = METHODS[result.arguments["method"]]
     value = result.arguments.get(setting, row.settings.get(setting))
-    return ",".join(value) if isinstance(value, list) else value
+    return shown(value) if isinstance(value, list | dict) else value
 
 
 def settings_of(result: Result, names: list[str]) -> dict:

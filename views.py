@@ -10,8 +10,9 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
@@ -25,6 +26,15 @@ NORMALIZE = {  # channel mean and std
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A photo as its EXIF orientation says, in 8 bits: Pillow would cut 16 bits off at 255."""
+    image = ImageOps.exif_transpose(image)
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image) // 257
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def whole(image: Image.Image, size: int, key: str = "") -> Image.Image:

@@ -420,3 +420,27 @@ def test_a_file_is_asked_for_once(flat, monkeypatch):
     before = folders.defect.cache_info().misses
     data.load(str(flat))
     assert folders.defect.cache_info().misses == before == 20
+
+
+def test_grey_images_of_16_bits_keep_their_greys(tmp_path):
+    ramp = np.linspace(0, 65535, 28 * 28).astype(np.uint16).reshape(28, 28)
+    Image.fromarray(ramp).save(tmp_path / "x-ray.png")
+    image, _ = data.Images([tmp_path / "x-ray.png"], [0], 28, upright=True)[0]
+    assert np.array_equal(image[0].numpy(), ramp // 257)
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("train", "valid")])
+def test_splits_under_other_names_are_not_classes(tmp_path, names):
+    for name in names:
+        for label in ("cat", "dog"):
+            fill(tmp_path / "photos" / name, label, count=3)
+    with pytest.raises(data.DataError, match="call the parts of a split train, val and test"):
+        data.load(str(tmp_path / "photos"))
+
+
+def test_flags_of_folders_are_set_aside_for_a_task(run, capsys):
+    plain = run("--epochs", 1)
+    again = run("--epochs", 1, "--test-share", 0.3)
+    assert again["run"] == plain["run"]
+    with pytest.raises(data.DataError, match="lies among the images"):
+        photos.identify({}, "/photos", "/photos/runs")

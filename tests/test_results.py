@@ -65,7 +65,7 @@ def pruned():
     with open(RESULTS / "pruning.csv", newline="") as file:
         for row in csv.DictReader(file):
             key = row["mask_prob"], row["experts"]
-            by_count.setdefault(key, []).append(float(row["val_top1"]))
+            by_count.setdefault(key, []).append(float(row["test_top1"]))
     return {spread(values, 2) for values in by_count.values()}
 
 

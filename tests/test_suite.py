@@ -406,14 +406,28 @@ def test_a_later_search_leaves_the_lines_of_an_earlier_one(tmp_path):
 
     path = tmp_path / "search.csv"
     first = [trial("lora", 1, 50.0), trial("lora", 2, 60.0)]
-    suite.write_search(path, ["lr"], first, first[1:])
+    suite.write_search(path, ["rank", "lr"], first, first[1:])
     wider = [trial("lora", 2, 60.0), trial("lora", 3, 70.0)]  # the best was at the edge
     suite.write_search(path, ["rank", "lr"], wider, wider[1:])
+    other = [trial("lora", 2, 60.0), trial("lora", 9, 10.0)]
+    suite.write_search(path, ["rank"], other, other[:1])  # another choice, with a run of the first
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0])[:4] == ["dataset", "method", "rank", "lr"]
-    found = [(row["lr"], row["rank"], row["chosen"]) for row in rows]
-    assert found == [("1", "", "0"), ("2", "4", "0"), ("3", "4", "1")]
+    assert {"dataset", "method", "rank", "lr"} < rows[0].keys()
+    found = [(row["lr"], row["choice"], row["chosen"]) for row in rows]
+    first = [("1", "rank lr", "0"), ("2", "rank lr", "0"), ("3", "rank lr", "1")]
+    assert found == [*first, ("", "rank", "1"), ("", "rank", "0")]
+
+
+def test_what_a_method_has_not_is_not_chosen_for_it(capsys):
+    def trial(method, lr, p, top1):
+        arguments = {"dataset": "dtd", "method": method, "lr": lr, "mask_prob": p}
+        return suite.Trial(arguments, {0: top1}, {})
+
+    trials = [trial("mlae", 1, 0.0, 50.0), trial("mlae", 1, 0.5, 60.0)]
+    trials += [trial("lora", 1, None, 40.0), trial("lora", 2, None, 30.0)]
+    assert suite.choose(trials, ["lr", "mask_prob"], []) == trials[1:3]
+    assert "lora on dtd: lr=1 of lr=1 40.00, lr=2 30.00" in capsys.readouterr().out
 
 
 def test_what_diverged_with_one_seed_is_not_chosen():
