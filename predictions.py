@@ -124,12 +124,13 @@ def open_images(place: Path, img_size: int, augment: str) -> Images:
     elif not place.is_file():
         raise DataError(f"--predict: there is no image and no folder {place}")
     bad = unreadable(files) if place.is_dir() else {}
-    if bad:
-        names = few([path.name for path in bad])
-        print(f"left out: {len(bad)} files that cannot be read: {names}", file=sys.stderr)
-        files = [path for path in files if path not in bad]
+    names = few([path.name for path in bad])
+    files = [path for path in files if path not in bad]
     if not files:
-        raise DataError(f"--predict: no readable image in {place} ({' '.join(ENDINGS)})")
+        what = f"it cannot read {names}" if bad else " ".join(ENDINGS)
+        raise DataError(f"--predict: no readable image in {place} ({what})")
+    if bad:
+        print(f"left out: {len(bad)} files that cannot be read: {names}", file=sys.stderr)
     return Images(files, [-1] * len(files), img_size, augment=augment, upright=True)
 
 

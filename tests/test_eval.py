@@ -281,7 +281,7 @@ WRONG = {  # arguments -> what the line must say
     "--features new.csv": ".npz",
     "--features /proc/new.npz": "cannot write",
     "--predict absent": "no image and no folder",
-    "--predict there": "no image in there",
+    "--predict there": "no readable image in there",
     "--predict pipe.csv": "no image and no folder",
     "--predict config.json": "cannot read image config.json",
     "--predict broken": "broken.png",
@@ -345,3 +345,11 @@ def test_only_experts_with_a_lambda_are_pruned(run, capsys, method):
     folder = Path(run("--method", method, "--epochs", 1)["run"])
     code, _, err = score_again(capsys, folder, "--prune", 1)
     assert code == 2 and err.count("\n") == 1 and f"--prune: {method} has no experts" in err
+
+
+def test_one_bad_file_in_a_folder_stops_no_prediction(tmp_path, capsys):
+    Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    images = predictions.open_images(tmp_path, 28, "none")
+    assert [path.name for path in images.files] == ["good.png"]
+    assert "left out: 1 files that cannot be read: bad.png" in capsys.readouterr().err
