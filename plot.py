@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -74,7 +75,7 @@ def read_curves(groups: dict[str, list[Path]]) -> dict[str, list[list[dict]]]:
     """{configuration: [the log's rows of each seed]}; RunError for a damaged log."""
     curves = {}
     for name, folders in groups.items():
-        missing = [folder for folder in folders if not (folder / "log.csv").exists()]
+        missing = [folder for folder in folders if not os.path.lexists(folder / "log.csv")]
         if missing:
             leave_out("curves", NoPicture(f"{missing[0]} has no log.csv"))
             continue
