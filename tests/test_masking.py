@@ -230,7 +230,7 @@ def test_choosing_among_numbers_and_targets(tmp_path, capsys):
     trials = []
     for p, top1 in ((TWO, 60.0), (0.3, 60.0), (0.6, 50.0)):
         arguments = {"dataset": "dtd", "method": "mlae", "mask_prob": p}
-        trials.append(suite.Trial(arguments, {0: top1}, {0: "runs/dtd/a"}))
+        trials.append(suite.Trial(arguments, {0: top1}, {0: f"runs/dtd/{len(trials)}"}))
     for order in itertools.permutations(trials):
         assert suite.choose(list(order), ["mask_prob"], []) == [
             trials[1]
@@ -238,7 +238,7 @@ def test_choosing_among_numbers_and_targets(tmp_path, capsys):
     assert "mask_prob=attn.qkv=0.5,mlp.fc1=0.3 60.00" in capsys.readouterr().out
     suite.write_search(tmp_path / "search.csv", ["mask_prob"], trials, trials[:1])
     line = (tmp_path / "search.csv").read_text().splitlines()[1]
-    assert line == 'dtd,mlae,"attn.qkv=0.5,mlp.fc1=0.3",0,60.0,1,runs/dtd/a'
+    assert line == 'dtd,mlae,"attn.qkv=0.5,mlp.fc1=0.3",0,60.0,1,mask_prob,runs/dtd/0'
 
 
 def test_a_table_names_the_probabilities_readably():
