@@ -216,7 +216,8 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--accumulate", type=COUNT, default=1, metavar="N", help=f"{help_of_parts} (default: 1)")
     flag("--device", choices=DEVICES, default="auto", help="default: auto, the fastest here")
     flag("--workers", type=WHOLE, default=4, help="image-decoding processes (0: the main process)")
-    flag("--out", default="runs", help="where run folders go (default: runs)")
+    help_of_out = "where run folders go (default: runs)"
+    flag("--out", type=os.path.normpath, default="runs", help=help_of_out)
     flag("--resume", action="store_true", help="go on after the last whole epoch of this run")
     flag("--overwrite", action="store_true", help="start this run anew, whatever it has left")
 

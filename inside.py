@@ -28,6 +28,7 @@ from files import RunError
 from mlae import MLAELinear, expert_similarity
 from model import adapters
 from predictions import class_names
+from prune import importance
 
 SHOWN = 6  # test images whose attention is drawn
 
@@ -175,13 +176,12 @@ def similarity(layer: MLAELinear) -> Tensor:
 
 
 @torch.no_grad()
-def importance(layer: MLAELinear) -> tuple[Tensor, Tensor]:
-    """|lambda| and |lambda| |a| |b| of each expert (rank,), on the CPU; nan for those that are
-    masked for good."""
+def magnitudes(layer: MLAELinear) -> tuple[Tensor, Tensor]:
+    """|lambda| and the importance |lambda| |a| |b| of each expert (rank,), on the CPU; nan for
+    those that are masked for good."""
     acts = layer.expert_mask != 0
     size = layer.lora_lambda.abs().where(acts, torch.nan)
-    a, b = layer.lora_A.norm(dim=1), layer.lora_B.norm(dim=0)
-    return size.cpu(), (size * a * b).cpu()
+    return size.cpu(), importance(layer).where(acts, torch.nan).cpu()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from figures import MOST, PAGE, add_bar, fold, heat, label_layers, new_figure, start, tile
-from inside import NoPicture, Run, importance, similarity
+from inside import NoPicture, Run, magnitudes, similarity
 
 ROW = 6  # maps of similarity beside each other
 NAMED = 15  # classes of a confusion matrix; of more, the most confused
@@ -32,7 +32,7 @@ def draw_experts(runs: list[Run]):
         layers = run.experts.values()
         heights.append(math.ceil(len(layers) / ROW))
         cosines.append(list(map(similarity, layers)))
-        both = list(map(importance, layers))
+        both = list(map(magnitudes, layers))
         sizes.append(torch.stack([size for size, _ in both]))  # (layers, rank)
         weights.append(torch.stack([weight for _, weight in both]))
     tops = [

@@ -74,6 +74,14 @@ def test_eval_of_what_is_not_the_run_it_was(run, capsys, tmp_path, monkeypatch):
     assert code == 1 and "they agree" not in out
 
 
+def test_a_confidence_on_an_edge_belongs_to_the_bin_below():
+    logits = torch.tensor([[0.0, 0.0], [0.6, 0.0]])  # confidences 0.5 and 0.6456...
+    sure = 1 / (1 + np.exp(-0.6))
+    apart = (0.5 + sure) / 2  # 1 right at 0.5 and 0 right at 0.65, each in a bin of its own
+    found = predictions.calibration_error(logits, torch.tensor([0, 1]), bins=4)
+    assert found == pytest.approx(apart, abs=1e-7)
+
+
 def test_scores_against_their_formulas():
     logits, labels = 3 * torch.randn(200, 7), torch.randint(0, 6, (200,))
     labels[labels == 2] = 3  # classes 2 and 6 do not occur

@@ -23,7 +23,7 @@ DIFFERENCE = re.compile(r"[+-]?\d+\.\d\d \[-?\d+\.\d\d, -?\d+\.\d\d\]")
 
 def experiments():
     """The folders below results/ that hold runs, and the finished runs of each."""
-    for folder in sorted(path for path in RESULTS.iterdir() if (path / "digits").is_dir()):
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         yield folder, collect(folder, tasks=data.TASKS, methods=METHODS)
 
 
