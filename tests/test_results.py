@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import re
 import statistics
 from pathlib import Path
@@ -93,3 +94,42 @@ def test_each_search_says_what_was_chosen_among_what():
             rows = list(csv.DictReader(file))
         chosen = [row for row in rows if row["chosen"] == "1"]
         assert 0 < len(chosen) < len(rows), path
+
+
+def table_after(text, heading):
+    """{first cell: the other cells} of the first markdown table whose head begins so."""
+    lines = text[text.index(f"| {heading}") :].split("\n\n")[0].splitlines()
+    cells = {}
+    for line in lines[2:]:
+        name, *values = (cell.strip() for cell in line.strip("|").split("|"))
+        cells[name] = values
+    return cells
+
+
+def test_hours_follow_from_the_products_that_were_counted():
+    with open(RESULTS / "flops.json") as file:
+        counted = json.load(file)
+    hours = table_after((ROOT / "docs" / "results.md").read_text(), "GPU hours")
+    per_image = {}
+    for method, gflop in counted["gflop_per_step"].items():
+        per_image[method] = gflop / counted["batch_size"]
+    for method, found in hours.items():
+        want = []
+        for benchmark in ("vtab-1k", "fgvc"):
+            sizes = [task.sizes for task in data.tasks_of(benchmark)]
+            train, val, test = (sum(column) for column in zip(*sizes, strict=True))
+            step, scoring = per_image[method], per_image["linear"]
+            search = 4 * (100 * train * step + val * scoring)
+            seed = 100 * (train + val) * step + test * scoring
+            want += [search, seed, search + 5 * seed]  # GFLOP
+        assert found == [f"{gflop / 1e5 / 3600:.1f}" for gflop in want]
+
+
+def test_published_rows_are_those_of_the_file():
+    with open(RESULTS / "published.csv", newline="") as file:
+        known = {row["method"]: row for row in csv.DictReader(file)}
+    quoted = table_after((ROOT / "docs" / "results.md").read_text(), "published")
+    for name, values in quoted.items():
+        row = known[name.removesuffix(", best epoch on the test set")]
+        own = [row[column] or "-" for column in ("groups", "tasks", "fgvc", "best_epoch")]
+        assert values == own, name
