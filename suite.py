@@ -272,6 +272,9 @@ def main(argv: list[str] | None = None) -> None:
             if not known:
                 raise RunError(f"--table: there is no finished run in {folder}")
             names = [name.lstrip("-").replace("-", "_") for name in args.choose or ()]
+            for name in names:
+                if name not in known[0].arguments:
+                    raise RunError(f"--choose {name}: a run has no such flag")
             rows = rows_of(known, chosen=names)
             if against:
                 compare(rows, against)

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import data
+from files import RunError
 from flags import shown
 from runs import Result
 
@@ -64,21 +65,27 @@ class Row:
 def rows_of(results: list[Result], chosen: Sequence[str] = ()) -> list[Row]:
     """A row for each task and configuration, and for each mean of tasks.
 
-    Runs are of one configuration if their identities differ in task and seed alone, and in the
-    settings that were `chosen` for each task.
+    Runs are of one configuration if their identities differ in task and seed alone, and those on
+    test images also in the settings that were `chosen` for each task (one value for each seed).
     """
     tables: dict[tuple, dict] = {}  # (benchmark, split, settings) -> task -> seed -> result
     arguments = {}  # settings -> all arguments of one of its runs
     for result in results:
         settings = {"model": result.metrics["model"]}  # with its weights
+        free = chosen if result.split == "test" else ()  # what is tried on val200 stays apart
         for name, value in result.identity.items():
-            if name not in ("dataset", "seed", "val", "checkpoint", "model", data.FOLDER, *chosen):
+            if name not in ("dataset", "seed", "val", "checkpoint", "model", data.FOLDER, *free):
                 settings[name] = value
         benchmark, name = data.place_in_table(result.metrics["dataset"], result.identity)
         key = benchmark, result.split, json.dumps(settings, sort_keys=True)
         by_task = tables.setdefault(key, {})
         by_seed = by_task.setdefault(name, {})
-        by_seed[result.metrics["seed"]] = result
+        seed = result.metrics["seed"]
+        for setting in free:
+            both = {shown(one.arguments[setting]) for one in (result, by_seed.get(seed, result))}
+            if len(both) > 1:  # one run would hide the other
+                raise RunError(f"--choose {setting}: {name}, seed {seed}, has {' and '.join(both)}")
+        by_seed[seed] = result
         arguments[key] = result.arguments | {"model": settings["model"]}
     # one task alone has no means
     with_means = {key[:2] for key, found in tables.items() if len(found) > 1}
@@ -93,7 +100,7 @@ def rows_of(results: list[Result], chosen: Sequence[str] = ()) -> list[Row]:
             row.split = split
             row.method = settings["method"]
             row.configuration = label(settings, rivals)
-            if row.of == 1:
+            if row.of == 1 and split == "test":
                 run = next(iter(found[row.task].values()))
                 row.chosen = {name: run.arguments[name] for name in chosen}
             rows.append(row)

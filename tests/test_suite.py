@@ -16,6 +16,7 @@ import table as table_of_runs
 import train
 from backbone import ModelError
 from baselines import METHODS
+from runs import Result, RunError
 
 
 @pytest.fixture
@@ -372,6 +373,23 @@ def test_choosing_on_val200_and_no_look_at_the_test_before(tmp_path, capsys, mon
     again = call(capsys, *diverging)
     assert Path("runs/search.csv").read_text() == before
     assert again.splitlines()[-1] == out.splitlines()[-1]
+
+
+def finished(top1, *, split="test", **own):
+    """A finished run of MLAE on the demo."""
+    identity = {"dataset": "digits", "method": "mlae", "val": split == "val"} | own
+    metrics = {"dataset": "digits", "model": "vit_nano", "data": "", "official": True}
+    return Result(identity, identity, metrics | {"seed": own["seed"]}, split, top1)
+
+
+def test_a_table_keeps_apart_what_was_tried_and_hides_no_run():
+    tried = [finished(90.0, split="val", seed=0, lr=lr) for lr in (0.1, 0.2)]
+    tested = [finished(80.0, seed=0, lr=0.1), finished(82.0, seed=1, lr=0.1)]
+    rows = table_of_runs.rows_of([*tried, *tested], chosen=["lr"])
+    assert [row.configuration for row in rows] == ["mlae lr=0.1", "mlae lr=0.2", "mlae"]
+    assert [row.chosen for row in rows] == [{}, {}, {"lr": 0.1}] and rows[-1].top1 == 81.0
+    with pytest.raises(RunError, match="--choose lr: digits, seed 1, has .*0.3"):
+        table_of_runs.rows_of([*tested, finished(70.0, seed=1, lr=0.3)], chosen=["lr"])
 
 
 def test_an_interrupted_search_chooses_the_same(tmp_path, capsys, monkeypatch):
