@@ -43,7 +43,6 @@ class Method:
             nothing of the backbone is meant to.
         targets: the layers that it adapts unless others are asked for.
         mergeable: whether its layers can be merged into plain ones.
-        recipe: settings of the training that suit it better than the task's recipe.
         penalty: model -> scalar, added to the loss.
         before_step: (model, progress) is called between backward and the optimizer's step, and
             once before the first step; progress goes from 0 to 1 over the training.
@@ -61,7 +60,6 @@ class Method:
     thaws: Callable[[str, nn.Module], bool] | None = None
     targets: tuple[str, ...] = ("attn.qkv",)
     mergeable: bool = True
-    recipe: dict = field(default_factory=dict)
     penalty: Callable[[nn.Module], Tensor | float] = lambda model: 0.0
     before_step: Callable[[nn.Module, float], None] = lambda model, progress: None
     log: Callable[[nn.Module], dict] = lambda model: {}
@@ -294,9 +292,6 @@ METHODS: dict[str, Method] = {
     ),
     "bitfit": Method(trains="every bias", thaws=lambda name, module: name.endswith("bias")),
     "layernorm": Method(trains="the norms' scales and shifts", thaws=is_layer_norm),
-    "linear": Method(
-        trains="nothing: a linear probe",
-        recipe={"drop_path": 0.0},  # it would be noise in a backbone that nothing adapts
-    ),
+    "linear": Method(trains="nothing: a linear probe"),
     "full": Method(trains="every parameter", thaws=lambda name, module: True),
 }

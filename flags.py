@@ -203,7 +203,7 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--lr", type=POSITIVE, help="AdamW's peak (default: 1e-3, as common; digits: 8e-3)")
     flag("--weight-decay", type=FRACTION, default=1e-4, help="of matrices (default: 1e-4)")
     flag("--warmup-epochs", type=float, help="linear, then cosine to 0 (default: a tenth of all)")
-    flag("--drop-path", type=FRACTION, help="stochastic depth (default: 0.1; digits, linear: 0)")
+    flag("--drop-path", type=FRACTION, help="stochastic depth (default: 0; often 0.1)")
     flag("--label-smoothing", type=FRACTION, default=0.0, help="default: 0, none")
 
     flag = group("run")

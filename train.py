@@ -295,7 +295,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     task, method = data.find_task(args.dataset), find_method(args.method)
     args = argparse.Namespace(**vars(args))
     args.dataset = task.argument
-    for name, value in (task.recipe | method.recipe).items():
+    for name, value in task.recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     method.complete(args)
