@@ -10,6 +10,7 @@ than either does. `compare` does that for a whole table.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 
 from files import RunError
@@ -113,6 +114,12 @@ def plain(word: str) -> str:
     except ValueError:  # no number
         pass
     return f"{name.replace('-', '_')}{equals}{value}"
+
+
+def natural(words: str) -> list:
+    """A key that sorts text by the numbers in it: rank=2 before rank=16."""
+    pieces = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", words)  # every second one is a number
+    return [float(piece) if i % 2 else piece for i, piece in enumerate(pieces)]
 
 
 def rounded(value: float | None) -> float | None:

@@ -15,7 +15,7 @@ from figures import LOOKS, PAGE, fold, tile
 from files import RunError
 from flags import shown
 from runs import Result
-from stats import interval
+from stats import interval, natural
 from table import label
 
 NO_SETTINGS = ("seed", "val", "dataset", "checkpoint")
@@ -46,7 +46,8 @@ def read_sweep(results: list[Result], setting: str) -> dict[tuple, dict]:
             scores = points.setdefault(value_of(result, setting), {})
             scores[result.metrics["seed"]] = result.top1
         if any(len(points) > 1 for points in lines.values()):
-            sweeps[panel] = lines
+            names = sorted(lines, key=natural)
+            sweeps[panel] = {name: lines[name] for name in names}
     if not sweeps:
         names = set()
         for result in results:
@@ -153,7 +154,10 @@ def draw_sweep(sweeps: dict[tuple, dict], setting: str):
         axis.set_xticks(places, list(names))
         axis.set_title(dataset)
         axis.set_xlabel(setting)
-        axis.set_ylabel(f"{split} top-1 (%), mean and 95 % interval")
+        words = f"{split} top-1 (%)"
+        if any(low is not None for _, low, _ in ends):
+            words += ", mean and 95 % interval"
+        axis.set_ylabel(words)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))
     return figure
 

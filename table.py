@@ -21,6 +21,7 @@ import data
 from files import RunError
 from flags import shown
 from runs import Result
+from stats import natural
 
 PROTOCOL = "here: the last epoch's weights, scored once; mean ± standard deviation over seeds (n)"
 GROUPED = ("vtab-1k",)  # benchmarks with a mean of groups
@@ -268,7 +269,7 @@ def notes(rows: list[Row]) -> str:
 def grid(rows: list[Row], show: Callable | None = None) -> list[list[str]]:
     """Lines of cells, as `cell` or `show` writes them: a line for each configuration and a column
     for each task and mean, or the other way round where there are many tasks."""
-    names = sorted({row.configuration for row in rows})
+    names = sorted({row.configuration for row in rows}, key=natural)
     tasks = list(dict.fromkeys(row.task for row in rows))
     text = {(row.configuration, row.task): (show or cell)(row) for row in rows}
     corner = f"{rows[0].benchmark}, {rows[0].split} top-1 (%)"

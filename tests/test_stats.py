@@ -51,6 +51,11 @@ def row(configuration, scores, split="test", **others):
     return own
 
 
+def test_numbers_in_names_sort_as_numbers():
+    names = ["mlae rank=16", "mlae rank=2", "lora rank=2 lr=0.02", "lora rank=2 lr=2e-05", "full"]
+    assert sorted(names, key=stats.natural) == [names[i] for i in (4, 3, 2, 1, 0)]
+
+
 def test_each_table_is_compared_by_itself():
     rows = [
         row("mlae mask_prob=0.0 lr=0.004", {0: 90.0, 1: 92.0}),
