@@ -19,6 +19,9 @@ from table import rows_of
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 MEAN = re.compile(r"\d+\.\d{2,3} ± \d+\.\d{2,3}")  # accuracies have two digits, similarities three
+SINGLE = re.compile(r"\d+\.\d\d \(1\)")  # of one seed
+PRINTED = re.compile(r"test top-1 \d+\.\d\d %")  # as train.py does
+TRIAL = re.compile(r"lr=[\d.e-]+ \d+\.\d\d")  # what a search prints
 DIFFERENCE = re.compile(r"[+-]?\d+\.\d\d \[-?\d+\.\d\d, -?\d+\.\d\d\]")
 
 
@@ -34,12 +37,15 @@ def spread(values, digits):
 
 @pytest.fixture(scope="module")
 def known():
-    """(means, differences) of all runs, as the tables print them."""
+    """(means, differences) of all runs, as the tables print them; means are of one seed, too."""
     means, differences = set(), set()
     for folder, results in experiments():
         rows = rows_of(results)
+        means |= {f"test top-1 {result.top1:.2f} %" for result in results}
         for row in rows:
-            if row.std is not None:
+            if row.std is None:
+                means.add(f"{row.top1:.2f} (1)")
+            else:
                 means.add(f"{row.top1:.2f} ± {row.std:.2f}")
         for a, b in itertools.permutations(rows, 2):
             mean, low, high, n = paired_difference(a.scores, b.scores)
@@ -70,13 +76,31 @@ def pruned():
     return {spread(values, 2) for values in by_count.values()}
 
 
+@pytest.fixture(scope="module")
+def trials():
+    """The means of every search over its seeds, as suite.py prints them."""
+    found = set()
+    for path in RESULTS.rglob("search.csv"):
+        scores = {}
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                own = {name: row[name] for name in row if name not in ("seed", "val_top1", "run")}
+                key = json.dumps(own, sort_keys=True)
+                scores.setdefault(key, []).append(float(row["val_top1"]))
+        for key, values in scores.items():
+            found.add(f"lr={json.loads(key)['lr']} {statistics.mean(values):.2f}")
+    return found
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
-def test_every_number_is_a_result(known, page):
+def test_every_number_is_a_result(known, trials, page):
     text = (ROOT / page).read_text()
     means, differences = known
     found = MEAN.findall(text)
     assert len(found) > 2 and not set(found) - means
+    assert not set(SINGLE.findall(text) + PRINTED.findall(text)) - means
     assert not set(DIFFERENCE.findall(text)) - differences
+    assert not set(TRIAL.findall(text)) - trials
 
 
 def test_runs_name_no_place_of_the_machine_that_made_them():
