@@ -110,6 +110,15 @@ def test_runs_name_no_place_of_the_machine_that_made_them():
             assert not Path(result.arguments["data_dir"]).is_absolute()
 
 
+def test_the_page_names_the_versions_of_its_runs():
+    used = set()
+    for path in RESULTS.rglob("config.json"):
+        versions = json.loads(path.read_text())["versions"]
+        used.add(f"torch {versions['torch'].split('+')[0]}, timm {versions['timm']}")
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert set(re.findall(r"torch \d[\d.]*\d, timm \d[\d.]*\d", text)) == used
+
+
 def test_each_search_says_what_was_chosen_among_what():
     searches = sorted(RESULTS.rglob("search.csv"))
     assert searches
