@@ -84,11 +84,11 @@ def trials():
         scores = {}
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                own = {name: row[name] for name in row if name not in ("seed", "val_top1", "run")}
-                key = json.dumps(own, sort_keys=True)
+                settings = re.sub(r"seed\d+-val-\w+$", "", row["run"])
+                key = row["lr"], settings
                 scores.setdefault(key, []).append(float(row["val_top1"]))
-        for key, values in scores.items():
-            found.add(f"lr={json.loads(key)['lr']} {statistics.mean(values):.2f}")
+        for (lr, _), values in scores.items():
+            found.add(f"lr={lr} {statistics.mean(values):.2f}")
     return found
 
 
