@@ -104,7 +104,8 @@ class SNELLLinear(MLAELinear):
         mix = sensitivity = None
         if adaptive:
             mix = nn.Parameter(self.lora_A.new_tensor([1.0, 1.0, 0.0]))
-            sensitivity = self.lora_A.new_zeros(2, self.lora_A.numel() + self.lora_B.numel())
+            entries = self.lora_A.numel() + self.lora_B.numel()
+            sensitivity = self.lora_A.new_zeros(2, entries)
         self.register_parameter("mix", mix)
         self.register_buffer("sensitivity", sensitivity)
 
@@ -115,26 +116,33 @@ class SNELLLinear(MLAELinear):
         self.sparsity = min(1.0, max(0.0, state.item()))  # a file may hold anything
 
     def _update(self, dtype: torch.dtype) -> Tensor:
-        delta = kernel(self.lora_A.to(dtype), self.lora_B.to(dtype))  # (out, in)
+        A = self.lora_A.to(dtype)
+        B = self.lora_B.to(dtype)
+        delta = kernel(A, B)  # (out, in)
         if self.mix is not None:
             scale, temperature, shift = self.mix.to(dtype)
-            delta = delta + scale * (delta / temperature).softmax(0) + shift
+            shares = (delta / temperature).softmax(0)  # over the outputs
+            delta = delta + scale * shares + shift
         size = delta.abs()
         threshold = quantile(size.detach().flatten(), self.sparsity)
         if self.gate == "paper":
             return delta * (size - threshold).clamp_min(0)
-        return delta * torch.where(size > threshold, size, 0).detach()
+        gate = torch.where(size > threshold, size, 0)
+        return delta * gate.detach()
 
     def _fold_onto(self, weight: Tensor) -> Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
             update = self._update(wide)
             if self.rows is not None:
-                update = weight.new_zeros(weight.shape, dtype=wide).index_copy(0, self.rows, update)
+                zeros = weight.new_zeros(weight.shape, dtype=wide)
+                update = zeros.index_copy(0, self.rows, update)
             return weight + update
 
     def _folded(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._fold_onto(self.weight).to(self.weight.dtype), self.bias)
+        weight = self._fold_onto(self.weight)
+        weight = weight.to(self.weight.dtype)
+        return F.linear(x, weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self._folded, x, use_reentrant=False, preserve_rng_state=False)
@@ -181,16 +189,26 @@ def reallocate(model: nn.Module, progress: float) -> None:
     for layer in layers:
         factors = layer.lora_A, layer.lora_B
         if all(factor.grad is not None for factor in factors):
-            now = torch.cat([(factor * factor.grad).abs().flatten() for factor in factors])
+            products = [factor * factor.grad for factor in factors]
+            now = torch.cat([product.abs().flatten() for product in products])
             mean, deviation = layer.sensitivity
             now = torch.where(now.isfinite(), now, mean)  # float16 gradients may overflow
             mean.lerp_(now, 0.15)
-            deviation.lerp_((now - mean).abs(), 0.15)
+            distance = (now - mean).abs()
+            deviation.lerp_(distance, 0.15)
     settings = model.method_settings
-    first, last = settings["start_sparsity"], settings["sparsity"]
-    overall = last + (first - last) * (1 - progress) ** 3
-    sizes = [layer.lora_B.shape[0] * layer.in_features for layer in layers]
-    importance = torch.stack([layer.sensitivity.prod(0).mean() for layer in layers])
-    shares = allocate_sparsity(importance.tolist(), sizes, round(sum(sizes) * (1 - overall)))
+    first = settings["start_sparsity"]
+    last = settings["sparsity"]
+    left = (1 - progress) ** 3
+    overall = last + (first - last) * left
+    entries = []
+    importance = []
+    for layer in layers:
+        entries.append(layer.lora_B.shape[0] * layer.in_features)
+        product = layer.sensitivity.prod(0)
+        importance.append(product.mean())
+    importance = torch.stack(importance).tolist()
+    budget = round(sum(entries) * (1 - overall))
+    shares = allocate_sparsity(importance, entries, budget)
     for layer, sparsity in zip(layers, shares, strict=True):
         layer.sparsity = sparsity

@@ -19,7 +19,7 @@ NO_CODE = {
     tokenize.ENDMARKER,
 }
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
-FORMULAS = {"mlae.py": 12.6, "snell.py": 11.5}
+FORMULAS = {"mlae.py": 12.6}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
