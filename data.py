@@ -176,9 +176,11 @@ def report(task: Task, root: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table; exit code 1 if something is damaged, 2 for wrong arguments."""
-    args = data_parser().parse_args(argv)
+    parser = data_parser()
+    args = parser.parse_args(argv)
     with one_line("data.py"):
-        if not Path(args.data_dir).is_dir():
+        is_given = args.data_dir != parser.get_default("data_dir")
+        if is_given and not Path(args.data_dir).is_dir():
             raise DataError(f"--data-dir: there is no folder {args.data_dir}")
         tasks = []
         for name in args.dataset:

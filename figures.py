@@ -188,7 +188,7 @@ def draw_method(path: Path) -> None:
         "the next step": "011010",
         "scoring": "111111",
     }
-    notes = ["kept: times 1 / (1 - p)", "another mask", "all experts, as they are"]
+    notes = ["what is kept is scaled by 1 / (1 - p)", "another mask", "all experts, as they are"]
     y = 0.0
     for (words, mask), note in zip(lines.items(), notes, strict=True):
         middle = y + 0.5
@@ -209,7 +209,7 @@ def draw_method(path: Path) -> None:
     write(axis, -2.5, middle, "merged", align="left")
     merged = (0, y, 1, 1)
     draw_box(axis, merged, "C0", "W'")
-    words = "one plain linear layer: W' = W + Σ λᵢ bᵢ aᵢ, nothing left to pay"
+    words = "one plain linear layer: W' = W + Σ λᵢ bᵢ aᵢ, at no extra cost"
     write(axis, 1.25, middle, words, align="left")
     save(figure, path, dpi=120)
 

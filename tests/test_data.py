@@ -403,6 +403,13 @@ def test_the_printed_table_of_damaged_data_and_wrong_arguments(prepared, tmp_pat
         assert captured.err == f"data.py: error: {message}\n" and not captured.out
 
 
+def test_the_printed_table_of_a_fresh_clone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert table([]) == 0
+    out = capsys.readouterr().out
+    assert out.count("    not there: ") == 24 and not list(tmp_path.iterdir())
+
+
 def test_digests_of_originals_are_stored(monkeypatch, tmp_path):
     pixels = np.zeros((60_000, 2, 2, 3), np.uint8)
     labels = {"train": np.zeros(50_000, int), "test": np.repeat(np.arange(100), 100)}

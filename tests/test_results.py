@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 MEAN = re.compile(r"\d+\.\d{2,3} ± \d+\.\d{2,3}")  # accuracies have two digits, similarities three
 SINGLE = re.compile(r"\d+\.\d\d \(1\)")  # of one seed
-PRINTED = re.compile(r"test top-1 \d+\.\d\d %")  # as train.py does
+PRINTED = re.compile(r"(?:test top-1|mean over classes) \d+\.\d\d %")  # by train.py and eval.py
 TRIAL = re.compile(r"lr=[\d.e-]+ \d+\.\d\d")  # what a search prints
 DIFFERENCE = re.compile(r"[+-]?\d+\.\d\d \[-?\d+\.\d\d, -?\d+\.\d\d\]")
 
@@ -41,7 +41,11 @@ def known():
     means, differences = set(), set()
     for folder, results in experiments():
         rows = rows_of(results)
-        means |= {f"test top-1 {result.top1:.2f} %" for result in results}
+        for result in results:
+            means.add(f"test top-1 {result.top1:.2f} %")
+            of_classes = result.metrics.get("test_mean_class_top1")
+            if of_classes is not None:
+                means.add(f"mean over classes {of_classes:.2f} %")
         for row in rows:
             if row.std is None:
                 means.add(f"{row.top1:.2f} (1)")
