@@ -117,11 +117,6 @@ class Method:
                 print(f"note: {args.method} has no {name}; it is ignored", file=sys.stderr)
 
 
-def mlae_fixed(settings: dict) -> tuple[str, ...]:
-    """Lambda, if it is not to be learned."""
-    return ("lora_lambda",) if settings["freeze_lambda"] else ()
-
-
 def mlae_lr_factor(name: str, settings: dict) -> float:
     """Lambda may learn faster or slower than the rest."""
     return settings["lambda_lr"] if name.endswith("lora_lambda") else 1.0
@@ -143,7 +138,7 @@ def rmlora_plan(names: Sequence[str], settings: dict) -> list[dict]:
 def orthogonality(model: nn.Module) -> Tensor:
     """RM-LoRA's penalty: the mean over all factors of ||A A^T - I||_F and ||B^T B - I||_F."""
     norms = []
-    for layer in mlae_layers(model):
+    for layer in mlae_layers(model).values():
         unit = torch.eye(layer.rank, device=layer.lora_A.device)
         for factor in (layer.lora_A, layer.lora_B.T):  # (rank, in), (rank, out)
             norms.append((factor @ factor.T - unit).norm())
@@ -157,7 +152,7 @@ def mask_gradients(model: nn.Module, progress: float) -> None:
     are masked: momentum and weight decay move all ranks. The first step, when B is zero, is not
     masked; nor is the head, which in the authors' code learns at the first step only.
     """
-    settings, layers = model.method_settings, mlae_layers(model)
+    settings, layers = model.method_settings, list(mlae_layers(model).values())
     started = any(layer.lora_B.any() for layer in layers)
     if layers[0].lora_A.grad is None or not started:
         return
@@ -240,7 +235,7 @@ METHODS: dict[str, Method] = {
         },
         by_target=("mask_prob",),
         plan=mlae_plan,
-        fixed=mlae_fixed,
+        fixed=lambda settings: ("lora_lambda",) if settings["freeze_lambda"] else (),
         lr_factor=mlae_lr_factor,
         before_step=mlae_schedule,
         log=mlae_log,

@@ -38,9 +38,9 @@ import model as models
 import runs
 from backbone import ModelError, create_backbone, input_size, parameter_groups, recompute_blocks
 from baselines import MAIN, METHODS, Method
-from figures import draw_sweeps
+from figures import check_picture, draw_sweeps
+from files import RunError, first_line
 from flags import AMP, COUNT, DEVICES, FRACTION, WHOLE, Parser
-from runs import RunError
 from table import as_markdown
 from train import train_step
 
@@ -333,11 +333,11 @@ def main(argv: list[str] | None = None) -> None:
         device = runs.pick_device(args.device)
         sweeps = sweep_points(args, given)
         if args.plot:
-            draw_sweeps([], Path(args.plot))  # raises now, not after hours, if it cannot
+            check_picture(Path(args.plot))  # now, not after hours
         try:
             run(sweeps, device)
         except (ValueError, torch.OutOfMemoryError) as error:
-            raise RunError(str(error).splitlines()[0]) from error
+            raise RunError(first_line(error)) from error
         machine = runs.provenance(device) | {"amp": runs.resolve_amp(args.amp, device)}
         peers = {name: metadata.version(name) for name in PEERS if name not in absent}
         machine |= {"threads": torch.get_num_threads(), "peers": peers}

@@ -17,7 +17,7 @@ import data
 import photos
 from baselines import METHODS
 from files import RunError, check_shape, read_json
-from flags import AMP, train_parser
+from flags import AMP, NORMS, train_parser
 
 LARGEST = 4096  # side of an image in pixels
 # what config.json must hold, and by the type of its default, a setting of the method
@@ -56,8 +56,10 @@ def read_config(folder: Path) -> dict:
     except RunError as error:
         raise RunError(f"{folder} is not a run of train.py: {error}") from None
     given, names = config["arguments"], config.setdefault("class_names", None)
-    for name, usual in vars(train_parser().parse_args([])).items():
-        given.setdefault(name, usual)  # a run from before there was such a flag
+    row = METHODS.get(given["method"])
+    usual = vars(train_parser().parse_args([])) | (row.settings if row else {})
+    for name, value in usual.items():
+        given.setdefault(name, value)  # a run from before there was such a flag
     check_shape(names, list | None, f"{path}: class_names")
     for name in names or []:
         check_shape(name, str, f"{path}: class_names")
@@ -70,7 +72,7 @@ def read_config(folder: Path) -> dict:
         "dataset": (given["dataset"], [given["dataset"]] if is_own else data.TASKS),
         "augment": (given["augment"], [None, *data.VIEWS]),
         "method": (given["method"], METHODS),
-        "normalize": (given["normalize"], [*data.NORMALIZE, "model"]),
+        "normalize": (given["normalize"], NORMS),
         "source": (given["source"], data.SOURCES),
         "amp": (config["amp"], AMP[1:]),
     }
@@ -80,10 +82,8 @@ def read_config(folder: Path) -> dict:
     if not given["augment"]:
         recipe = photos.RECIPE if is_own else data.TASKS[given["dataset"]].recipe
         given["augment"] = recipe["augment"]
-    row = METHODS[given["method"]]
-    for name, usual in row.settings.items():
-        given.setdefault(name, usual)  # a run from before there was such a setting
-        shape = SETTINGS.get(type(usual), object)
+    for name, value in row.settings.items():
+        shape = SETTINGS.get(type(value), object)
         if name in row.by_target and isinstance(given[name], dict):
             shape = dict.fromkeys(given[name], shape)
         check_shape(given, {name: shape}, f"{path}: arguments")

@@ -103,8 +103,8 @@ def load(
     and `download`), "prepared", or "auto", the originals unless they cannot be had. `augment` is a
     key of VIEWS (default: as the task is usually trained on); `cut` is for one's own images. Raises
     DataError, naming the file and the remedy, for an unknown task, data that are not there, and
-    data that are damaged or have wrong counts or keys. A prepared list that is too short or has
-    other labels is read, but not `official`.
+    data that are damaged or have wrong counts or keys. A prepared test list that is too short, or
+    a list with other labels, is read, but not `official`.
     """
     task, root = find_task(name, cut), Path(root)
     if split not in ("trainval", "train") or source not in SOURCES:

@@ -214,7 +214,7 @@ def check(args: argparse.Namespace, model: nn.Module, config: dict) -> bool:
     scores = score(merged, labels)
     print(f"merged    top-1 {scores['top1']:.2f} %   loss {scores['loss']:.6f}")
     difference = (merged - logits).abs().max().item()
-    agree = difference <= AGREE
+    agree = difference <= AGREE * max(1.0, logits.abs().max().item())
     verdict = "they agree" if agree else "they do not agree"
     print(f"largest difference of a logit {difference:.1e}: {verdict}")
     return agree
@@ -254,7 +254,7 @@ def hand_out(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
     x = create_normalizer(run, model, torch.device("cpu"))(batch)
     view = data.Images([], [], run.img_size, augment=run.augment)
     about = preparation(view, *mean_and_std(run, model))
-    about |= {"class_names": config.get("class_names"), "weights": config["weights"]}
+    about |= {"class_names": config["class_names"], "weights": config["weights"]}
     base = Base(run.model, model.num_classes, run.img_size, run.checkpoint, not run.no_pretrained)
     difference = export(kind, Path(path), model, models.merge, base, x, about)
     print(f"largest difference of a logit, on {compared}: {difference:.1e}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import textwrap
+from itertools import cycle
 from pathlib import Path
 
 from torch import Tensor
@@ -66,9 +67,9 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]):
     return figure, axes
 
 
-def tile(count: int, most: int, size: tuple[float, float]):
-    """(figure, `count` axes), at most so many in a row."""
-    columns = min(count, most)
+def tile(count: int, size: tuple[float, float]):
+    """(figure, `count` axes), at most two in a row."""
+    columns = min(count, 2)
     rows = -(-count // columns)
     figure, axes = new_figure(rows, columns, size)
     for axis in axes.flat[count:]:
@@ -106,8 +107,9 @@ def label_layers(axis, names: list[str]) -> None:
     axis.set_yticks(places, names[::step])
 
 
-def check_file(path: Path) -> None:
-    """Raise RunError for a file that cannot be drawn into."""
+def check_picture(path: Path) -> None:
+    """Raise RunError for a file that cannot be drawn into, or without matplotlib."""
+    start()
     is_free = path.is_file() or not path.exists()
     if path.suffix not in FORMATS or not is_free or not path.absolute().parent.is_dir():
         raise RunError(f"{path}: expected a {', '.join(FORMATS)} file in a folder that exists")
@@ -127,11 +129,14 @@ def draw_sweeps(sweeps: list[tuple], path: Path) -> None:
     was measured; where no memory was measured there is no such plot. Raises RunError for a bad
     file, before anything is drawn.
     """
-    check_file(path)
-    with_memory = has_memory(sweeps)
-    figure, axes = new_figure(1 + with_memory, max(1, len(sweeps)), (3.2, 2.75))
-    if not sweeps:  # only asked whether it could be done
-        return
+    check_picture(path)
+    measured = []
+    for _, points in sweeps:
+        for _, rows in points:
+            measured += rows
+    with_memory = any(row["memory_mb"] for row in measured)
+    over_floor = any("over floor" in row for row in measured)
+    figure, axes = new_figure(1 + with_memory, len(sweeps), (3.2, 2.75))
     for column, (name, points) in enumerate(sweeps):
         labels = []
         lines = {}
@@ -140,8 +145,7 @@ def draw_sweeps(sweeps: list[tuple], path: Path) -> None:
             for row in rows:
                 if not row["method"].startswith("eval "):
                     lines.setdefault(row["method"], []).append(row)
-        over_floor = "over floor" in rows[0]
-        for look, (method, rows) in zip(LOOKS, lines.items(), strict=False):
+        for look, (method, rows) in zip(cycle(LOOKS), lines.items(), strict=False):
             times = [row["seconds"] for row in rows]
             if over_floor:
                 times = [row["over floor"][1] for row in rows]
@@ -166,18 +170,9 @@ def draw_sweeps(sweeps: list[tuple], path: Path) -> None:
     save(figure, path, dpi=80)
 
 
-def has_memory(sweeps: list[tuple]) -> bool:
-    """Whether the memory of any step was measured."""
-    for _, points in sweeps:
-        for _, rows in points:
-            if any(row["memory_mb"] for row in rows):
-                return True
-    return False
-
-
 def draw_method(path: Path) -> None:
     """What masking does: a frozen weight and six experts at two steps, in scoring and merged."""
-    check_file(path)
+    check_picture(path)
     figure, axes = new_figure(1, 1, (7.2, 3.7))
     axis = axes[0, 0]
     axis.set(xlim=(-2.6, 9.4), ylim=(-5.6, 1.6))

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from backbone import architecture, eval_mode
+from backbone import architecture, create_backbone, eval_mode
 from baselines import METHODS
 from configs import look_in
-from eval import create_model, create_normalizer, load_run, offline, predict, scored_images
+from eval import create_normalizer, load_run, offline, predict, scored_images
 from files import RunError
 from mlae import MLAELinear, expert_similarity
 from model import adapters
-from predictions import class_names
+from predictions import class_names, confusion
 from prune import importance
 
 SHOWN = 6  # test images whose attention is drawn
@@ -75,10 +75,7 @@ class Run:
     @cached_property
     def confusion(self) -> Tensor:
         """How many images of each class (rows) the model takes for each (columns)."""
-        answers, labels = self.answers
-        count = len(self.classes)
-        pairs = labels * count + answers
-        return pairs.bincount(minlength=count**2).view(count, count)
+        return confusion(*self.answers, len(self.classes))
 
     @cached_property
     def classes(self) -> list[str]:
@@ -127,7 +124,12 @@ class Run:
         if args.no_pretrained:
             raise NoPicture(f"{self.name} had no pre-trained backbone to compare with")
         with offline():
-            base = create_model(args, model.num_classes).to(self.device)
+            base = create_backbone(
+                args.model,
+                model.num_classes,
+                checkpoint=args.checkpoint,
+                img_size=args.img_size,
+            ).to(self.device)
         right = self.images.labels.tolist()
         labels = sorted(set(right))[:SHOWN]
         images = torch.stack([self.images[right.index(label)][0] for label in labels])

@@ -35,9 +35,13 @@ SCHEDULES = {  # the factor on p at a progress from 0 to 1 of the training
 }
 
 
-def mlae_layers(model: nn.Module) -> list[MLAELinear]:
-    """The MLAE layers of a model, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, MLAELinear)]
+def mlae_layers(model: nn.Module) -> dict[str, MLAELinear]:
+    """Path -> MLAE layer of a model, in the order of its modules."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MLAELinear):
+            found[name] = module
+    return found
 
 
 def ends_in(name: str, target: str) -> bool:
@@ -119,25 +123,21 @@ def mlae_schedule(model: nn.Module, progress: float) -> None:
     every_step, _ = MASKINGS[settings["masking"]]
     if settings["schedule"] == "constant" or not every_step:
         return
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, MLAELinear):
-            names.append(name)
     factor = SCHEDULES[settings["schedule"]](progress)
-    rates = layer_rates(names, settings, factor)
+    rates = layer_rates(list(mlae_layers(model)), settings, factor)
     set_mask_prob(model, torch.tensor(rates, dtype=torch.float64))
 
 
 def mlae_log(model: nn.Module) -> dict:
     """The mean masking probability of the layers, and the similarity of their experts."""
-    rates = torch.tensor([layer.mask_prob for layer in mlae_layers(model)])
+    rates = torch.tensor([layer.mask_prob for layer in mlae_layers(model).values()])
     return {"mask_prob": round(rates.mean().item(), 6)} | similarity_log(model)
 
 
 def similarity_log(model: nn.Module) -> dict:
     """The mean |cosine| of two experts of a layer that are not masked for good, over the layers."""
     means = []
-    for layer in mlae_layers(model):
+    for layer in mlae_layers(model).values():
         acts = layer.expert_mask.bool()
         cosines = expert_similarity(layer)[acts][:, acts].abs()  # (active, active)
         pairs = len(cosines) * (len(cosines) - 1)

@@ -271,7 +271,7 @@ def mask_rates(pattern: str, num_layers: int, mask_prob: float) -> Tensor:
     if not 0 <= mask_prob < 1:
         raise ValueError(f"mask_prob must be in [0, 1), not {mask_prob}")
     shape = PATTERNS[pattern](torch.linspace(0, 1, num_layers, dtype=torch.float64, device="cpu"))
-    if num_layers == 1 or mask_prob == 0 or (shape == shape[0]).all():
+    if (shape == shape[0]).all():
         return torch.full_like(shape, mask_prob)
     highest = 0.99
     reach = highest * (shape > 0).double().mean()

@@ -107,6 +107,8 @@ def inject(
     reads its weight instead of calling it.
     """
     row = find_method(method)
+    if adapters(model):
+        raise ModelError(f"the model is injected already: {few(list(adapters(model)))}")
     find_head(model, head)
     chosen = find_layers(model, targets) if row.layer else {}
     own = row.own(settings)
@@ -161,8 +163,6 @@ def freeze(model: nn.Module) -> None:
 
 def find_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, list[int] | None]:
     """Path -> output rows (None: all) of the linear layers that `targets` name; see `inject`."""
-    if adapters(model):
-        raise ModelError(f"the model is injected already: {few(list(adapters(model)))}")
     linears = linear_layers(model)
     chosen: dict[str, set[int]] = {}
     for target in targets:

@@ -104,7 +104,7 @@ def draw_masks(runs: list[Run]):
             changes = (rates != rates[:, :1]).any()
             panels.append((run, draw_schedule if changes else draw_rates, rates))
     size = PAGE / 2, 2.7
-    figure, axes = tile(len(panels), 2, size)
+    figure, axes = tile(len(panels), size)
     for axis, (run, draw, values) in zip(axes, panels, strict=True):
         draw(axis, values)
         label_layers(axis, list(run.experts))
@@ -197,7 +197,7 @@ def draw_confusion(runs: list[Run]):
     size = PAGE / 2, 3.6
     if len(runs) == 1:
         size = 4.6, 4.4
-    figure, axes = tile(len(runs), 2, size)
+    figure, axes = tile(len(runs), size)
     for axis, run in zip(axes, runs, strict=True):
         counts = run.confusion
         right = counts.diag()

@@ -28,9 +28,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-from baselines import METHODS
 from configs import read_config
-from figures import FORMATS, LOOKS, PAGE, check_file, draw_method, new_figure, save
+from figures import FORMATS, LOOKS, PAGE, check_picture, draw_method, new_figure, save
 from files import RunError, check_shape, read_log
 from flags import DEVICES, Parser, printable
 from inside import NoPicture, Run
@@ -141,7 +140,7 @@ def places(args: argparse.Namespace, kinds: list[str]) -> dict[str, Path]:
             folder.mkdir(parents=True, exist_ok=True)
         files = {kind: folder / f"{kind}.{suffix}" for kind in kinds}
     for file in files.values():
-        check_file(file)
+        check_picture(file)
     return files
 
 
@@ -215,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
             draw_all(args)
             return
         setting = args.sweep.lstrip("-").replace("-", "_")
-        results = collect(*args.runs, tasks=data.TASKS, methods=METHODS)
+        results = collect(*args.runs)
         sweeps = read_sweep(results, setting)
         (file,) = places(args, [f"sweep-{setting}"]).values()
         save(draw_sweep(sweeps, setting), file)

@@ -17,6 +17,7 @@ from typing import TextIO
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.utils import accuracy
 from torch import Tensor, nn
 
 from files import few, new
@@ -30,9 +31,12 @@ PAIRS = 5  # of classes, in the report
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 accuracy and its mean over classes, in percent, and mean cross-entropy in nats."""
-    right = logits.argmax(1) == labels
-    top1 = right.sum().item() / len(labels)
-    mean = mean_over_classes(right, labels)
+    counts = confusion(logits.argmax(1), labels, logits.shape[1])
+    images = counts.sum(1)  # of each class
+    occurs = images > 0
+    shares = counts.diag()[occurs].double() / images[occurs]
+    mean = shares.mean().item()
+    top1 = counts.trace().item() / len(labels)
     loss = F.cross_entropy(logits, labels).item()
     return {
         "top1": round(100 * top1, 2),
@@ -41,20 +45,10 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def mean_over_classes(right: Tensor, labels: Tensor) -> float:
-    """The share of right answers (N,) of each class that occurs, averaged over these classes."""
-    images = labels.bincount()  # (classes,)
-    hits = labels[right].bincount(minlength=len(images))
-    occurs = images > 0
-    shares = hits[occurs].double() / images[occurs]
-    return shares.mean().item()
-
-
-def top_accuracy(logits: Tensor, labels: Tensor, k: int = 5) -> float:
-    """The share of images whose class is among the k largest logits; 1 if there are k classes."""
-    best = logits.topk(min(k, logits.shape[1])).indices  # (N, k)
-    found = (best == labels[:, None]).any(1)
-    return found.double().mean().item()
+def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """How many images of each class (rows) are taken for each (columns)."""
+    cells = labels * classes + predicted  # (N,)
+    return cells.bincount(minlength=classes**2).view(classes, classes)
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
@@ -74,15 +68,14 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float
     return sums.abs().sum().item() / len(labels)
 
 
-def confused(logits: Tensor, labels: Tensor, pairs: int = PAIRS) -> list[tuple[int, int, int, int]]:
+def confused(logits: Tensor, labels: Tensor) -> list[tuple[int, int, int, int]]:
     """(class, the class that it is taken for, how often, images of the class), the most frequent
     first; pairs that do not occur are left out."""
     classes = logits.shape[1]
-    cells = labels * classes + logits.argmax(1)
-    counts = cells.bincount(minlength=classes**2).view(classes, classes)
+    counts = confusion(logits.argmax(1), labels, classes)
     images = counts.sum(1)
     counts.fill_diagonal_(0)
-    worst = counts.flatten().argsort(descending=True, stable=True)[:pairs]
+    worst = counts.flatten().argsort(descending=True, stable=True)[:PAIRS]
     found = []
     for cell in worst.tolist():
         label, taken = divmod(cell, classes)
@@ -94,7 +87,7 @@ def confused(logits: Tensor, labels: Tensor, pairs: int = PAIRS) -> list[tuple[i
 
 def report(logits: Tensor, labels: Tensor, names: list[str]) -> list[str]:
     """Lines for people: top-5, mean over classes, calibration, the most confused pairs."""
-    top5 = 100 * top_accuracy(logits, labels)
+    (top5,) = accuracy(logits, labels, (5,))  # percent
     mean = score(logits, labels)["mean_class_top1"]
     error = 100 * calibration_error(logits, labels)
     lines = [

@@ -126,7 +126,7 @@ def claim(folder: Path) -> Iterator[None]:
     with ExitStack() as held:
         held.callback(remove_empty, made)  # after the lock
         try:
-            if rank() == 0:
+            if process_rank() == 0:
                 held.enter_context(lock(folder / "lock"))
         except OSError as error:
             raise RunError(f"--out: cannot write {folder}: {error.strerror or error}") from error
@@ -149,12 +149,12 @@ def launched() -> tuple[int, int]:
     return (int(os.environ.get("RANK", 0)), ranks) if ranks > 1 else (0, 1)
 
 
-def rank() -> int:
+def process_rank() -> int:
     """This process's number among those that share the run."""
-    return dist.get_rank() if ranks() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def ranks() -> int:
+def world_size() -> int:
     """How many processes share the run; 1 outside `joined`."""
     joined_up = dist.is_available() and dist.is_initialized()
     return dist.get_world_size() if joined_up else 1
@@ -210,24 +210,24 @@ def let_the_first_speak() -> None:
 @contextmanager
 def first_rank_first() -> Iterator[None]:
     """The first rank goes through this before the others, as what it downloads is theirs too."""
-    if rank():
+    if process_rank():
         dist.barrier()
     yield
-    if ranks() > 1 and rank() == 0:
+    if world_size() > 1 and process_rank() == 0:
         dist.barrier()
 
 
 def agreed(value: object) -> object:
     """The first rank's value, on all ranks."""
     values = [value]
-    if ranks() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(values)
     return values[0]
 
 
 def total(value: Tensor) -> Tensor:
     """The sum over the ranks of a tensor, which is changed in place."""
-    if ranks() > 1:
+    if world_size() > 1:
         dist.all_reduce(value)
     return value
 
@@ -244,7 +244,7 @@ class Shared(DistributedDataParallel):
 
 def share(model: nn.Module) -> nn.Module:
     """The model to train with: `Shared` if there are several ranks."""
-    if ranks() == 1:
+    if world_size() == 1:
         return model
     return Shared(model, static_graph=True)  # all steps use the same parameters
 
@@ -256,14 +256,14 @@ def epoch_of(images, order: Tensor, batch_size: int, workers: int, seed: str) ->
     The parts of all ranks are of one size, so that they draw equally often. What the last batch
     lacks for that is filled up with an image whose label is PADDING.
     """
-    lacking = -len(order) % ranks()
+    lacking = -len(order) % world_size()
     filled = torch.cat([order, order[:1].expand(lacking)])  # (N + lacking,)
     left = len(order)
-    own = filled[rank() :: ranks()]
-    for x, y in images.epoch(own, batch_size // ranks(), workers, seed):
+    own = filled[process_rank() :: world_size()]
+    for x, y in images.epoch(own, batch_size // world_size(), workers, seed):
         size = min(batch_size, left)
         left -= size
-        y[len(range(rank(), size, ranks())) :] = PADDING
+        y[len(range(process_rank(), size, world_size())) :] = PADDING
         yield x, y, size
 
 

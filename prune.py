@@ -20,16 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from files import ModelError, RunError, check_shape, new, write_json
+from masking import mlae_layers
 from mlae import MLAELinear
 from model import save_adapter
 
 
 def layers_of(model: nn.Module) -> dict[str, MLAELinear]:
     """The layers with experts by path; ModelError if there are none, or they have no lambda."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MLAELinear):
-            found[name] = module
+    found = mlae_layers(model)
     if not found or not all(hasattr(layer, "lora_lambda") for layer in found.values()):
         method = getattr(model, "method", type(model).__name__)
         raise ModelError(f"--prune: {method} has no experts with a lambda of their own")

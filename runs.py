@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,12 @@ from pathlib import Path
 import torch
 
 import photos
+from baselines import METHODS
 from files import ModelError, RunError, read_json, sha256
 from flags import PLACE, printable, shown
-from processes import launched, let_the_first_speak, ranks
+from processes import launched, let_the_first_speak, world_size
 from splits import DataError
+from tasks import TASKS
 
 try:
     import resource
@@ -148,7 +150,7 @@ def pick_device(name: str) -> torch.device:
     """
     present = {
         "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available() and ranks() == 1,  # ranks cannot talk there
+        "mps": torch.backends.mps.is_available() and world_size() == 1,  # ranks cannot talk there
         "cpu": True,
     }
     if name == "auto":
@@ -201,7 +203,7 @@ def provenance(device: torch.device) -> dict:
         commit = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"device": name, "processes": ranks(), "versions": versions, "git": commit}
+    return {"device": name, "processes": world_size(), "versions": versions, "git": commit}
 
 
 def identity(args: argparse.Namespace, defaults: argparse.Namespace) -> dict:
@@ -257,7 +259,7 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
             )
     with suppress(OSError):  # it may have been killed before it did so
         (folder / "state.pt").unlink(missing_ok=True)
-    print(f"finished before, so not run again (--overwrite does): {folder}")
+    print(f"finished before (--overwrite runs it again): {folder}")
     return metrics | {"run": str(folder)}  # it may have been moved
 
 
@@ -317,7 +319,7 @@ class Result:
     top1: float
 
 
-def collect(*folders: str | Path, tasks: Container, methods: Container) -> list[Result]:
+def collect(*folders: str | Path) -> list[Result]:
     """The finished runs in folders, oldest first.
 
     Those that are damaged, or whose task or method is not known here, are named and left out.
@@ -337,8 +339,8 @@ def collect(*folders: str | Path, tasks: Container, methods: Container) -> list[
             print(printable(reason), file=sys.stderr)
             continue
         top1 = float(metrics[f"{split}_top1"])
-        is_task = metrics["dataset"] in tasks or photos.FOLDER in own
-        known = is_task and own["method"] in methods
+        is_task = metrics["dataset"] in TASKS or photos.FOLDER in own
+        known = is_task and own["method"] in METHODS
         if known:
             results.append(Result(arguments, own, metrics, split, top1))
         else:

@@ -38,8 +38,8 @@ if __name__ == "__main__":
 
 import data
 import train
-from baselines import METHODS
 from files import whole
+from model import find_method
 from processes import Busy, launched, lock
 from runs import OUT_OF_MEMORY, Diverged, RunError, collect, one_line, out_of_memory
 from stats import compare
@@ -63,7 +63,7 @@ def combinations(args: argparse.Namespace) -> list[argparse.Namespace]:
     runs = {}
     for combination in itertools.product(*values.values()):
         one = argparse.Namespace(**dict(zip(values, combination, strict=True)))
-        for name in METHODS[one.method].foreign():  # lora has no masks to vary
+        for name in find_method(one.method).foreign():  # lora has no masks to vary
             setattr(one, name, None)
         one = train.settle(one)
         runs[json.dumps(vars(one), sort_keys=True)] = one
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         if launched()[1] > 1:
             raise RunError("torchrun is for train.py; start suite.py itself several times")
         if folder:
-            known = collect(folder, tasks=data.TASKS, methods=METHODS)
+            known = collect(folder)
             if not known:
                 raise RunError(f"--table: there is no finished run in {folder}")
             names = [name.lstrip("-").replace("-", "_") for name in args.choose or ()]
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
         if not metrics:
             raise RunError("--dataset: not one of these runs was possible; see above")
         folders = [result["run"] for result in metrics]
-        rows = rows_of(collect(*folders, tasks=data.TASKS, methods=METHODS), chosen=names)
+        rows = rows_of(collect(*folders), chosen=names)
         print(tabulate(rows, form))
         print(json.dumps({"rows": list(map(summary, rows))}))
 

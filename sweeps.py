@@ -1,6 +1,6 @@
 """Accuracy over a setting: the lines of a suite's runs, with intervals over seeds, as a picture.
 
-results = collect("runs", tasks=data.TASKS, methods=METHODS)
+results = collect("runs")
 figure = draw_sweep(read_sweep(results, "mask_prob"), "mask_prob")
 """
 
@@ -125,7 +125,7 @@ def ruler(lines: dict[str, dict], setting: str) -> Ruler:
         values.update(points)
     made = Ruler(list(values - {None}))
     made.values.sort(key=None if made.numeric else str)
-    made.logarithmic = made.numeric and setting in WIDE
+    made.logarithmic = made.numeric and setting in WIDE and min(made.values, default=0) > 0
     return made
 
 
@@ -135,7 +135,7 @@ def draw_sweep(sweeps: dict[tuple, dict], setting: str):
     most = max(map(len, sweeps.values()))  # lines of a plot
     width = 5.0 if len(sweeps) == 1 else PAGE / 2
     height = 2.8 + 0.17 * most
-    figure, axes = tile(len(sweeps), 2, (width, height))
+    figure, axes = tile(len(sweeps), (width, height))
     for axis, panel in zip(axes, sweeps, strict=True):
         dataset, split = panel
         lines = sweeps[panel]

@@ -1,6 +1,6 @@
 """The table of what has been run: means over seeds, tasks and groups, beside published results.
 
-    rows = rows_of(collect("runs", tasks=data.TASKS, methods=METHODS))
+    rows = rows_of(collect("runs"))
     compare(rows, "lora")  # of stats.py: the paired difference of each to that one
     print(tabulate(rows, "latex"))
 
@@ -70,26 +70,27 @@ def rows_of(results: list[Result], chosen: Sequence[str] = ()) -> list[Row]:
     test images also in the settings that were `chosen` for each task (one value for each seed).
     """
     tables: dict[tuple, dict] = {}  # (benchmark, split, settings) -> task -> seed -> result
-    arguments = {}  # settings -> all arguments of one of its runs
+    arguments = {}  # the same -> all arguments of one of its runs
     for result in results:
-        settings = {"model": result.metrics["model"]}  # with its weights
+        own = result.identity
+        # the weights by their tag, or by the digest of a file, whatever its name
+        settings = {"model": own["model"] if "checkpoint" in own else result.metrics["model"]}
         free = chosen if result.split == "test" else ()  # what is tried on val200 stays apart
-        for name, value in result.identity.items():
-            if name not in ("dataset", "seed", "val", "checkpoint", "model", data.FOLDER, *free):
+        for name, value in own.items():
+            if name not in ("dataset", "seed", "val", "model", data.FOLDER, *free):
                 settings[name] = value
         benchmark, name = data.place_in_table(result.metrics["dataset"], result.identity)
         key = benchmark, result.split, json.dumps(settings, sort_keys=True)
-        by_task = tables.setdefault(key, {})
-        by_seed = by_task.setdefault(name, {})
+        by_seed = tables.setdefault(key, {}).setdefault(name, {})
         seed = result.metrics["seed"]
         for setting in free:
             both = {shown(one.arguments[setting]) for one in (result, by_seed.get(seed, result))}
             if len(both) > 1:  # one run would hide the other
                 raise RunError(f"--choose {setting}: {name}, seed {seed}, has {' and '.join(both)}")
         by_seed[seed] = result
-        arguments[key] = result.arguments | {"model": settings["model"]}
-    # one task alone has no means
-    with_means = {key[:2] for key, found in tables.items() if len(found) > 1}
+        weights = {"model": settings["model"], "checkpoint": own.get("checkpoint", "")[:8] or None}
+        arguments[key] = result.arguments | weights
+    with_means = {key[:2] for key, found in tables.items() if len(found) > 1}  # of several tasks
     rows = []
     for key, found in tables.items():
         benchmark, split, _ = key
@@ -209,8 +210,7 @@ def tabulate(rows: list[Row], form: str = "markdown") -> str:
     with open(PUBLISHED, newline="", encoding="utf-8") as file:
         published = list(csv.DictReader(file))
     if form == "json":
-        own = [asdict(row) for row in rows]
-        return json.dumps({"runs": own, "published": published}, indent=1)
+        return json.dumps({"runs": list(map(asdict, rows)), "published": published}, indent=1)
     if form == "csv":
         return as_csv(rows)
     blocks = []

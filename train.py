@@ -52,12 +52,12 @@ from processes import (
     epoch_of,
     first_rank_first,
     joined,
-    rank,
-    ranks,
+    process_rank,
     restore,
     save_state,
     share,
     total,
+    world_size,
 )
 from runs import (
     Diverged,
@@ -121,7 +121,7 @@ def train_step(
         )
         loss_sum += loss.detach()
         correct += (logits.detach().argmax(1) == labels).sum()
-        loss = loss / size * ranks()  # whose gradients' mean is taken
+        loss = loss / size * world_size()  # whose gradients' mean is taken
         loss = loss + method.penalty(net) * (len(images) / len(x))
         scaler.scale(loss).backward()
     method.before_step(net, progress)
@@ -186,7 +186,7 @@ def train_and_score(args: argparse.Namespace, folder: Path, own: dict, before: d
     config = {"arguments": vars(args), "identity": own, "source": train.source, "amp": amp}
     config |= {"weights": weights, "data": test.description, "class_names": train.class_names}
     config |= provenance(device)
-    if rank() == 0:
+    if process_rank() == 0:
         clear_folder(folder, keep_state=args.resume or not args.overwrite)
         write_lists(folder, train, test)
         write_json(folder / "config.json", config)
@@ -248,14 +248,14 @@ def train_and_score(args: argparse.Namespace, folder: Path, own: dict, before: d
                 f"the loss is {row['loss']} in epoch {epoch + 1}: lower --lr {args.lr:g}"
             )
         done = {"epoch": epoch + 1, "rows": [*done["rows"], row], "seconds": row["seconds"]}
-        if rank() == 0:
+        if process_rank() == 0:
             write_log(folder / "log.csv", done["rows"])
             save_state(state, adapter_state(model), optimizer, scaler, digest, done)
         if bar.disable:  # no terminal
             line = "epoch {epoch:.0f}: loss {loss:.3f}, training top-1 {train_top1:.1f} %"
             print(line.format(**row), f"after {row['seconds']:.0f} s", flush=True)
     bar.close()
-    if rank():
+    if process_rank():
         return {}  # the first rank does the rest
     warn_of_failure(done["rows"][-1]["train_top1"], train.labels)
     with whole(folder / "adapter.safetensors") as draft:
@@ -298,6 +298,8 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     for name, value in task.recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.budget and args.rank:
+        raise RunError("--budget chooses the rank: leave --rank out")
     method.complete(args)
     args.img_size = args.img_size or input_size(args.model)
     if args.budget:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
@@ -20,10 +21,8 @@ from torchvision.transforms import functional as TF
 BICUBIC = TF.InterpolationMode.BICUBIC
 SCALE = (0.08, 1.0)  # of a random crop: its share of the image
 RATIO = (3 / 4, 4 / 3)  # its width over its height
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 NORMALIZE = {  # channel mean and std
-    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 
@@ -40,10 +39,6 @@ def upright(image: Image.Image) -> Image.Image:
 def whole(image: Image.Image, size: int, key: str = "") -> Image.Image:
     """The image, which is size x size already."""
     return image
-
-
-def centre(image: Image.Image, size: int) -> Image.Image:
-    return TF.center_crop(image, [size, size])
 
 
 def number(key: str) -> int:
@@ -85,7 +80,7 @@ class View:
 VIEWS = {
     "none": View(whole, whole),
     "flip": View(flip, whole),
-    "crop": View(crop, centre, 1 / 0.875),  # 256 pixels for 224
+    "crop": View(crop, TF.center_crop, 1 / 0.875),  # 256 pixels for 224
 }
 
 

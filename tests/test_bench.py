@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bench
+import figures
 import model as models
 
 
@@ -200,3 +201,14 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message):
     assert stop.value.code == 2 and captured.err.count("\n") == 1 and message in captured.err, (
         captured.err
     )
+
+
+def test_a_picture_has_a_line_for_each_of_many_methods(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    names = [f"method {number}" for number in range(14)]
+    rows = [{"method": name, "seconds": 1.0, "memory_mb": None} for name in names]
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path, dpi: drawn.append(figure))
+    figures.draw_sweeps([("rank", [("8", rows)])], tmp_path / "x.png")
+    (axis,) = drawn[0].axes
+    assert [line.get_label() for line in axis.lines] == names

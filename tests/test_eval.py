@@ -102,7 +102,8 @@ def test_scores_against_their_formulas():
     assert found["mean_class_top1"] == pytest.approx(100 * np.mean(means), abs=0.005)
     assert found["mean_class_top1"] != found["top1"]
     assert predictions.calibration_error(logits, labels) == pytest.approx(error, abs=1e-12)
-    assert predictions.top_accuracy(logits, labels) == pytest.approx(top5)
+    names = [str(label) for label in range(7)]
+    assert f"top-5 {100 * top5:.2f} %" in predictions.report(logits, labels, names)
     table = np.zeros((7, 7), int)
     np.add.at(table, (truth, guess), 1)
     np.fill_diagonal(table, 0)
@@ -361,3 +362,14 @@ def test_one_bad_file_in_a_folder_stops_no_prediction(tmp_path, capsys):
     images = predictions.open_images(tmp_path, 28, "none")
     assert [path.name for path in images.files] == ["good.png"]
     assert "left out: 1 files that cannot be read: bad.png" in capsys.readouterr().err
+
+
+def test_a_run_from_before_a_setting_existed_has_its_default(run):
+    folder = Path(run("--epochs", 1)["run"])
+    arguments = json.loads((folder / "config.json").read_text())["arguments"]
+    for name in ("lambda_lr", "freeze_lambda", "pattern", "schedule", "label_smoothing"):
+        del arguments[name]
+    edit_config(folder, arguments=arguments)
+    _, config = evaluation.load_run(folder)
+    found = vars(config["arguments"])
+    assert (found["lambda_lr"], found["freeze_lambda"], found["pattern"]) == (1.0, False, "random")

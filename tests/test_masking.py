@@ -204,7 +204,7 @@ def test_a_run_with_a_probability_for_each_target(run, capsys):
     net, config = evaluation.load_run(metrics["run"])
     assert config["arguments"].mask_prob == TWO and rates(net, "fc1")[-1] == 0
     assert run(*words, "--mask-schedule", "decrease", "--mask-pattern", "incremental") == metrics
-    rows = table.rows_of(runs.collect("runs", tasks=evaluation.data.TASKS, methods=METHODS))
+    rows = table.rows_of(runs.collect("runs"))
     assert "mlae" in table.tabulate(rows)
     for wrong in ({"attn.qkv": "0.5"}, {"attn.qkv": -1}, {"attn.qkv": None, "mlp.fc1": 0.3}, {}):
         config = json.loads(path.read_text())
@@ -253,14 +253,14 @@ def test_a_table_names_the_probabilities_readably():
 
 def test_similarity_of_the_experts_by_hand():
     net = make(rank=3, targets=["mlp.fc1"])
-    for number, layer in enumerate(masking.mlae_layers(net)):
+    for number, layer in enumerate(masking.mlae_layers(net).values()):
         with torch.no_grad():
             layer.lora_A.copy_(torch.randn(3, 96))
             layer.lora_B.copy_(torch.randn(384, 3))
         if number == 0:
             layer.expert_mask[2] = 0  # for good: it has no pairs
     means = []
-    for number, layer in enumerate(masking.mlae_layers(net)):
+    for number, layer in enumerate(masking.mlae_layers(net).values()):
         a, b = layer.lora_A.double(), layer.lora_B.double()
         pairs = []
         for i, j in [(0, 1)] if number == 0 else [(0, 1), (0, 2), (1, 2)]:

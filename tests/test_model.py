@@ -173,6 +173,8 @@ def test_injecting_twice_and_tied_weights_are_errors():
     models.inject(net)
     with pytest.raises(ModelError, match="injected already"):
         models.inject(net, ["mlp.fc1"])
+    with pytest.raises(ModelError, match="injected already"):
+        models.inject(net, method="linear")  # it has no layers of its own
     net = plain_nano()
     net.blocks[1].attn.qkv.weight = net.blocks[0].attn.qkv.weight
     with pytest.raises(ModelError, match=r"blocks.0.attn.qkv is tied"):

@@ -423,6 +423,8 @@ def test_words_and_lists_are_places_on_the_axis():
 
 
 def test_wide_intervals_leave_the_plot():
+    decays = sweeps.ruler({"a": {0.0: {}, 1e-4: {}, 1e-2: {}}}, "weight_decay")
+    assert not decays.logarithmic and decays.place(0.0) == 0.0  # no log of 0
     low, high = sweeps.limits([(90.0, -100.0, 280.0), (94.0, None, None)])
     assert (low, high) == pytest.approx((85.8, 98.2))
     assert sweeps.limits([(99.0, 98.0, 104.0)]) == pytest.approx((97.95, 100.05))

@@ -360,8 +360,8 @@ def test_every_image_counts_once(monkeypatch, number, batch, count):
     order = torch.randperm(number)
     parts = []
     for rank in range(count):
-        monkeypatch.setattr(processes, "ranks", lambda: count)
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "world_size", lambda: count)
+        monkeypatch.setattr(processes, "process_rank", lambda rank=rank: rank)
         parts.append(list(processes.epoch_of(Counting(), order, batch, 0, "")))
     for step, whole in enumerate(order.split(batch)):
         own = [part[step] for part in parts]

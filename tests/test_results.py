@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import data
-from baselines import METHODS
 from files import read_log
 from runs import collect
 from stats import paired_difference
@@ -28,7 +27,7 @@ DIFFERENCE = re.compile(r"[+-]?\d+\.\d\d \[-?\d+\.\d\d, -?\d+\.\d\d\]")
 def experiments():
     """The folders below results/ that hold runs, and the finished runs of each."""
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
-        yield folder, collect(folder, tasks=data.TASKS, methods=METHODS)
+        yield folder, collect(folder)
 
 
 def spread(values, digits):

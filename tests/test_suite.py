@@ -141,6 +141,13 @@ def test_a_suite_goes_on_past_damaged_data_and_divergence(vtab, three, monkeypat
     assert "left out: kitti, seed 0: the loss is nan" in capsys.readouterr().out
 
 
+def test_a_method_that_nobody_knows_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        suite.main(["--method", "mlea"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("suite.py: error: ") and "mlea" in line
+
+
 def test_a_suite_without_any_data(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
@@ -151,20 +158,21 @@ def test_a_suite_without_any_data(tmp_path, capsys, monkeypatch):
     assert sum(line.startswith("left out: ") for line in out) == 5 and not Path("runs").exists()
 
 
-def write_run(root, task, seed, top1, official=True, val=False, **changes):
+def write_run(root, task, seed, top1, official=True, val=False, digest=None, **changes):
     """A finished run's files; changes are settings that differ from the defaults."""
     name = f"{seed}-{val}-{'-'.join(map(str, changes.values())).replace('/', '')}"
     folder = Path(root, task, name)
     folder.mkdir(parents=True)
     defaults = {"method": "mlae", "rank": 8, "source": "auto", "checkpoint": None}
     arguments = defaults | {"dataset": task, "seed": seed, "val": val} | changes
-    identity = {"method": "mlae", "dataset": task, "seed": seed} | changes
+    identity = {"method": "mlae", "model": "vit", "dataset": task, "seed": seed} | changes
     identity |= {"val": True} if val else {}
+    identity |= {"checkpoint": digest} if digest else {}
     config = {"arguments": arguments, "identity": identity}
     (folder / "config.json").write_text(json.dumps(config))
     split = "val" if val else "test"
     metrics = {"dataset": task, "seed": seed, f"{split}_top1": top1, "official": official}
-    metrics |= {"data": "originals", "model": "vit"}
+    metrics |= {"data": "originals", "model": f"vit:{changes.get('checkpoint')}"}
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
@@ -301,14 +309,25 @@ def test_the_mean_of_groups_is_the_mean_of_tasks_applied_to_group_means():
 
 
 def test_the_same_weights_from_two_places_are_one_configuration(tmp_path, capsys):
-    for seed, checkpoint in enumerate(["/a/x.npz", "/b/x.npz"]):
-        write_run(tmp_path / "runs", "svhn", seed, 70.0 + seed, checkpoint=checkpoint)
+    for seed, checkpoint in enumerate(["/a/x.npz", "/b/y.npz"]):
+        options = {"checkpoint": checkpoint, "digest": "c0ffee1234"}
+        write_run(tmp_path / "runs", "svhn", seed, 70.0 + seed, **options)
     out = tabulated(capsys, tmp_path / "runs")[0]
     assert table(out) == {
         "vtab-1k, test top-1 (%)": ["svhn"],  # one task: no empty rows, no means
         "mlae": ["70.50 ± 0.71 (2)"],
     }
     assert "published" not in out and "PARTIAL" not in out
+
+
+def test_two_files_of_one_name_are_two_configurations(tmp_path, capsys):
+    for digest, top1 in {"c0ffee1234": 40.0, "decaf56789": 50.0}.items():
+        write_run(tmp_path / digest, "svhn", 0, top1, checkpoint="/a/x.npz", digest=digest)
+    assert table(tabulated(capsys, tmp_path)[0]) == {
+        "vtab-1k, test top-1 (%)": ["svhn"],
+        "mlae checkpoint=c0ffee12": ["40.00 (1)"],
+        "mlae checkpoint=decaf567": ["50.00 (1)"],
+    }
 
 
 def test_tables_of_nothing_or_of_damaged_runs(tmp_path, capsys):

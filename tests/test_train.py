@@ -466,7 +466,7 @@ def test_the_same_command_again_loses_nothing(run, monkeypatch, capsys):
         patch.setattr(train, "create_model", None)  # nothing trains again
         assert run() == first
         train.main(["--epochs", "2", "--img-size", "14", "--device", "cpu"])
-        assert capsys.readouterr().out.startswith("finished before, so not run again (--overwrite")
+        assert capsys.readouterr().out.startswith("finished before (--overwrite runs it")
     (Path(first["run"]) / "metrics.json").write_text("{}")  # whoever reads it runs again
     assert run("--overwrite")["test_loss"] == first["test_loss"]
     stop_after(monkeypatch, 1)
@@ -584,7 +584,7 @@ def test_a_term_of_the_loss_is_one_hook(run, monkeypatch):
 
         def penalty(model, weight=weight):
             return weight * sum(
-                layer.lora_B.square().sum() for layer in baselines.mlae_layers(model)
+                layer.lora_B.square().sum() for layer in baselines.mlae_layers(model).values()
             )
 
         def before_step(model, share):
