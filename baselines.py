@@ -21,9 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from masking import mlae_layers, mlae_log, mlae_plan, mlae_schedule, similarity_log
 from mlae import MLAELinear
-from snell import GATES, SNELLLinear, allocate_sparsity, reallocate
+from snell import SNELLLinear, allocate_sparsity, reallocate
 
-__all__ = ["GATES", "METHODS", "Method", "MoRLinear", "SNELLLinear", "allocate_sparsity"]
+__all__ = ["METHODS", "Method", "MoRLinear", "SNELLLinear", "adapters", "allocate_sparsity"]
 
 
 @dataclass(frozen=True)
@@ -290,3 +290,9 @@ METHODS: dict[str, Method] = {
     "linear": Method(trains="nothing: a linear probe"),
     "full": Method(trains="every parameter", thaws=lambda name, module: True),
 }
+
+
+def adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """The injected layers by path, in the order of `model.named_modules()`."""
+    kinds = tuple({row.layer for row in METHODS.values() if row.layer})
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}

@@ -137,7 +137,7 @@ def stepper(method: str, args, device, images: Tensor):
         return score
     optimizer = torch.optim.AdamW(parameter_groups(net, 1e-4), lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    options = {"normalize": normalize, "scaler": scaler, "amp": amp, "progress": 0.5}
+    options = {"model": net, "normalize": normalize, "scaler": scaler, "amp": amp, "progress": 0.5}
     options |= {"accumulate": args.accumulate, "label_smoothing": 0.0, "size": args.batch_size}
     options["method"] = METHODS.get(method, Method(trains=method))  # whose hooks do nothing
 

@@ -82,14 +82,12 @@ def mean_and_std(args: argparse.Namespace, model: nn.Module) -> tuple[tuple, tup
     return data.NORMALIZE[args.normalize]
 
 
-def create_normalizer(
-    args: argparse.Namespace, model: nn.Module, device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    """(B, 3, S, S) uint8 -> float32 on the device, by the mean and std that the run asks for."""
+def create_normalizer(args: argparse.Namespace, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """(B, 3, S, S) uint8 -> float32 on the model's device, by the run's mean and std."""
     mean, std = mean_and_std(args, model)
     if not all(value > 0 for value in std):
         raise RunError(f"--normalize {args.normalize}: a standard deviation is 0")
-    return data.normalizer(mean, std, device)
+    return data.normalizer(mean, std, next(model.parameters()).device)
 
 
 def predict(
@@ -172,8 +170,7 @@ def answers(
     args: argparse.Namespace, model: nn.Module, config: dict, images: data.Images
 ) -> tuple[Tensor, Tensor]:
     """`predict` as the run was scored; RunError for logits that are not finite."""
-    device = next(model.parameters()).device
-    normalize = create_normalizer(config["arguments"], model, device)
+    normalize = create_normalizer(config["arguments"], model)
     logits, labels = predict(model, images, normalize, config["amp"], args.workers)
     if not logits.isfinite().all():
         raise RunError(f"{args.run}: the trained model's logits are not finite")
@@ -222,7 +219,7 @@ def check(args: argparse.Namespace, model: nn.Module, config: dict) -> bool:
 
 def embed(args, model: nn.Module, config: dict, images: data.Images, names: list[str]) -> None:
     """Write --features: what the head is given for each image."""
-    normalize = create_normalizer(config["arguments"], model, next(model.parameters()).device)
+    normalize = create_normalizer(config["arguments"], model)
     net = predictions.Embedding(model)
     features, labels = predict(net, images, normalize, config["amp"], args.workers)
     predictions.write_features(args.features, features, labels, names)
@@ -251,7 +248,7 @@ def hand_out(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
     except data.DataError:
         batch = torch.randint(256, (8, 3, run.img_size, run.img_size), dtype=torch.uint8)
         compared = f"{len(batch)} random images (the run's are not here)"
-    x = create_normalizer(run, model, torch.device("cpu"))(batch)
+    x = create_normalizer(run, model)(batch)
     view = data.Images([], [], run.img_size, augment=run.augment)
     about = preparation(view, *mean_and_std(run, model))
     about |= {"class_names": config["class_names"], "weights": config["weights"]}
@@ -274,7 +271,7 @@ def cut(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
         print("note: this looks at the test images again; choose on a run with --val")
     prune.print_table(model, rows, lambda net: score(*answers(args, net, config, images))["top1"])
     if folder:
-        prune.write(folder, rows[chosen], config, chosen)
+        prune.write(folder, prune.prune(model, rows[chosen]), config, chosen)
         print(f"python eval.py {folder}")
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from backbone import NANO, architecture, create_backbone, heads
-from baselines import METHODS
+from baselines import METHODS, adapters
 from files import ModelError, RunError, check_new, few, first_line, new, write_json
 from mlae import MLAELinear
 
@@ -219,7 +219,7 @@ def export(
     """
     check_place(kind, path)
     row, flag = FORMATS[kind], f"--export {kind}"
-    can_merge = getattr(METHODS.get(model.method), "mergeable", False)
+    can_merge = METHODS[model.method].mergeable
     if row.merges == "always" or (row.merges == "if it can" and can_merge):
         written = merge(model).eval()
     else:
@@ -293,12 +293,8 @@ def export_peft(model: nn.Module, directory: str | os.PathLike) -> None:
     ModelError, nothing written, for a method whose update is not of low rank, or that trains
     more than layers and head.
     """
-    kinds = tuple({row.layer for row in METHODS.values() if row.layer})
-    state, ranks, adapted = {}, {}, []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, kinds):
-            continue
-        adapted.append(name)
+    state, ranks, adapted = {}, {}, adapters(model)
+    for name, layer in adapted.items():
         if type(layer) is not MLAELinear:
             kind = type(layer).__name__
             raise ModelError(f"PEFT's LoRA cannot hold a {kind} ({name}): no product of A and B")

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import reprlib
+import stat
 import sys
 import tempfile
 import zipfile
@@ -39,7 +40,11 @@ class RunError(ValueError):
 
 def regular(path: Path) -> Path:
     """The path; OSError for a pipe, device or folder there: opening a pipe can wait for ever."""
-    if path.exists() and not path.is_file():
+    try:
+        mode = path.stat().st_mode  # asked once: another process may be removing the file
+    except OSError:
+        return path
+    if not stat.S_ISREG(mode):
         raise OSError(f"{path} is not a regular file")
     return path
 

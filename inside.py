@@ -21,12 +21,11 @@ from tqdm import tqdm
 
 import data
 from backbone import architecture, create_backbone, eval_mode
-from baselines import METHODS
+from baselines import METHODS, adapters
 from configs import look_in
 from eval import create_normalizer, load_run, offline, predict, scored_images
 from files import RunError
 from mlae import MLAELinear, expert_similarity
-from model import adapters
 from predictions import class_names, confusion
 from prune import importance
 
@@ -68,7 +67,7 @@ class Run:
     def answers(self) -> tuple[Tensor, Tensor]:
         """The class that the model gives each image (N,), and the right one (N,)."""
         model, config = self.trained
-        normalize = create_normalizer(config["arguments"], model, self.device)
+        normalize = create_normalizer(config["arguments"], model)
         logits, labels = predict(model, WithBar(self.images), normalize, config["amp"])
         return logits.argmax(1), labels
 
@@ -133,7 +132,7 @@ class Run:
         right = self.images.labels.tolist()
         labels = sorted(set(right))[:SHOWN]
         images = torch.stack([self.images[right.index(label)][0] for label in labels])
-        x = create_normalizer(args, model, self.device)(images)
+        x = create_normalizer(args, model)(images)
         before, _ = class_attention(base, x)
         after, logits = class_attention(model, x)
         if torch.equal(before, after):

@@ -32,7 +32,7 @@ from backbone import (
     match,
     uncalled,
 )
-from baselines import MAIN, METHODS, Method
+from baselines import MAIN, METHODS, Method, adapters
 from export import export_peft  # noqa: F401
 from files import read_adapter
 
@@ -191,12 +191,6 @@ def check_gradients(model: nn.Module) -> None:
             f"no gradient reaches {few(silent)}: the model does not use it, or, with "
             f"--grad-checkpoint, this timm loses gradients; pip install -U timm"
         )
-
-
-def adapters(model: nn.Module) -> dict[str, nn.Module]:
-    """The injected layers by path, in the order of `model.named_modules()`."""
-    kinds = tuple({row.layer for row in METHODS.values() if row.layer})
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

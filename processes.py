@@ -64,11 +64,13 @@ def take_lock(path: Path) -> object:
     """Make and lock a file; its lock ends with this process, however that ends. Returns the open
     file; raises Busy if another process has the lock, OSError if there can be no such file."""
     for _ in range(100):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = open(regular(path), "a+")  # noqa: SIM115
-        except FileNotFoundError:  # its folder was removed, empty, by the one before
-            continue
+        except (FileExistsError, FileNotFoundError):
+            if path.parent.is_file():
+                raise
+            continue  # its folder was removed, empty, by the one before
         try:
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked child has no part in it
@@ -232,21 +234,12 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-class Shared(DistributedDataParallel):
-    """A model whose gradients are the means over the ranks; it has the attributes of its module."""
-
-    def __getattr__(self, name: str) -> object:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.module, name)
-
-
 def share(model: nn.Module) -> nn.Module:
-    """The model to train with: `Shared` if there are several ranks."""
+    """The model to call: if there are several ranks, one whose gradients are the means of theirs."""
     if world_size() == 1:
         return model
-    return Shared(model, static_graph=True)  # all steps use the same parameters
+    # all steps use the same parameters
+    return DistributedDataParallel(model, static_graph=True)
 
 
 def epoch_of(images, order: Tensor, batch_size: int, workers: int, seed: str) -> Iterator:

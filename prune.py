@@ -130,24 +130,25 @@ def size(model: nn.Module) -> tuple[int, int]:
     return experts, parameters
 
 
-def table(model: nn.Module, amounts: Sequence[int | float]) -> dict[int | float, nn.Module]:
-    """Amount -> the model pruned to it. One amount is seen among all of its `ladder`."""
+def table(model: nn.Module, amounts: Sequence[int | float]) -> dict[int | float, dict]:
+    """Amount -> the experts that are `kept`. One amount is seen among all of its `ladder`."""
     if len(amounts) == 1:
         steps = ladder(max(layer.rank for layer in layers_of(model).values()))
         amounts = sorted({*steps, *amounts}, reverse=True)
     rows = {}
     for amount in amounts:
-        rows[amount] = prune(model, kept(model, amount))
+        rows[amount] = kept(model, amount)
     return rows
 
 
 def print_table(
-    model: nn.Module, rows: dict[int | float, nn.Module], top1: Callable[[nn.Module], float]
+    model: nn.Module, rows: dict[int | float, dict], top1: Callable[[nn.Module], float]
 ) -> None:
     """Print a line for each of `table`: what is kept, its share of the parameters, top-1 (%)."""
     _, whole = size(model)
     print("  kept  experts  parameters   share   top-1")
-    for amount, smaller in rows.items():
+    for amount, numbers in rows.items():
+        smaller = prune(model, numbers)
         experts, parameters = size(smaller)
         share = parameters / whole
         print(f"{amount:>6}  {experts:7}  {parameters:10,}  {share:6.1%}  {top1(smaller):6.2f}")

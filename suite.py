@@ -228,7 +228,10 @@ def write_search(path: Path, names: list[str], trials: list[Trial], best: list[T
     choice = " ".join(names)
     for trial in trials:
         for seed, top1 in sorted(trial.top1.items()):
-            line = {name: shown(trial.arguments[name]) for name in ("dataset", "method", *names)}
+            line = {}
+            for name in ("dataset", "method", *names):
+                value = trial.arguments[name]
+                line[name] = "" if value is None else shown(value)  # none: the method lacks it
             line |= {"seed": seed, "val_top1": top1, "chosen": int(trial in best)}
             line["choice"] = choice
             lines[trial.folders[seed]] = line | {"run": trial.folders[seed]}

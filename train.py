@@ -91,6 +91,7 @@ def train_step(
     x,
     y,
     *,
+    model,
     size,
     normalize,
     scaler,
@@ -103,8 +104,8 @@ def train_step(
     """One step of the optimizer on images x (B, 3, S, S) uint8 and labels y (B,).
 
     They are this rank's part of a batch of `size` images. Each of `accumulate` parts of it draws
-    its own masks. `method`, a row of METHODS, brings its hooks; progress is the share of the
-    training that is done after this step.
+    its own masks. `method`, a row of METHODS, brings its hooks on `model`, which `net` may be
+    compiled or shared from; progress is the share of the training that is done after this step.
     Returns the loss summed over x and the number of right answers.
     """
     loss_sum = correct = 0
@@ -122,9 +123,9 @@ def train_step(
         loss_sum += loss.detach()
         correct += (logits.detach().argmax(1) == labels).sum()
         loss = loss / size * world_size()  # whose gradients' mean is taken
-        loss = loss + method.penalty(net) * (len(images) / len(x))
+        loss = loss + method.penalty(model) * (len(images) / len(x))
         scaler.scale(loss).backward()
-    method.before_step(net, progress)
+    method.before_step(model, progress)
     scaler.step(optimizer)
     scaler.update()
     return loss_sum, correct
@@ -169,7 +170,7 @@ def train_and_score(args: argparse.Namespace, folder: Path, own: dict, before: d
     model = create_model(args).to(device)
     if args.grad_checkpoint:
         recompute_blocks(model)
-    normalize = create_normalizer(args, model, device)
+    normalize = create_normalizer(args, model)
     weights = weights_of(model, args.checkpoint, not args.no_pretrained)
     counts = count_parameters(model)
 
@@ -224,6 +225,7 @@ def train_and_score(args: argparse.Namespace, folder: Path, own: dict, before: d
                 optimizer,
                 x.to(device),
                 y.to(device),
+                model=model,
                 size=size,
                 normalize=normalize,
                 scaler=scaler,

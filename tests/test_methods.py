@@ -670,7 +670,7 @@ scores = {}
 for folder in sys.argv[1:]:
     model, config = evaluation.load_run(folder)
     args = config["arguments"]
-    normalize = evaluation.create_normalizer(args, model, torch.device("cpu"))
+    normalize = evaluation.create_normalizer(args, model)
     _, images = evaluation.load_data(args)
     scores[folder] = evaluation.evaluate(model, images, normalize, workers=0)["loss"]
 print(json.dumps(scores))

@@ -227,6 +227,23 @@ def test_many_processes_hold_a_lock_one_after_the_other(tmp_path):
     assert (tmp_path / "count").read_text() == "120" and not (tmp_path / "lock").exists()
 
 
+def test_a_file_that_another_process_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "lock").write_text("")
+    look = Path.stat
+
+    def vanish(path, **options):
+        found = look(path, **options)
+        path.unlink()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", vanish)
+        assert files.regular(tmp_path / "lock") == tmp_path / "lock"
+    with pytest.raises(FileExistsError):
+        (tmp_path / "file").write_text("")
+        processes.take_lock(tmp_path / "file" / "lock")
+
+
 def test_a_claim_leaves_no_empty_folders(tmp_path):
     with processes.claim(tmp_path / "a/b"):
         pass

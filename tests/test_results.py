@@ -1,15 +1,21 @@
-"""Every result on README.md and docs/results.md is the result of runs in results/."""
+"""Every result on README.md and docs/results.md is the result of runs in results/.
+
+Whole tables are compared with what the command above them prints; numbers in the text have to be
+those of some configuration or some pair of them.
+"""
 
 import csv
 import itertools
 import json
 import re
+import shlex
 import statistics
 from pathlib import Path
 
 import pytest
 
 import data
+import suite
 from files import read_log
 from runs import collect
 from stats import paired_difference
@@ -17,10 +23,10 @@ from table import rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
+PAGE = ROOT / "docs" / "results.md"
 MEAN = re.compile(r"\d+\.\d{2,3} ± \d+\.\d{2,3}")  # accuracies have two digits, similarities three
-SINGLE = re.compile(r"\d+\.\d\d \(1\)")  # of one seed
+SINGLE = re.compile(r"\d+\.\d{2,3} \(1\)")  # of one seed
 PRINTED = re.compile(r"(?:test top-1|mean over classes) \d+\.\d\d %")  # by train.py and eval.py
-TRIAL = re.compile(r"lr=[\d.e-]+ \d+\.\d\d")  # what a search prints
 DIFFERENCE = re.compile(r"[+-]?\d+\.\d\d \[-?\d+\.\d\d, -?\d+\.\d\d\]")
 
 
@@ -55,7 +61,7 @@ def known():
             if n > 1:
                 differences.add(f"{round(mean, 2) + 0.0:+.2f} [{low:.2f}, {high:.2f}]")
         means |= similarities(folder)
-    means |= pruned()
+    means |= set(pruned().values())
     return means, differences
 
 
@@ -64,46 +70,97 @@ def similarities(folder):
     by_settings = {}
     for log in folder.rglob("log.csv"):
         rows = read_log(log)
-        settings = re.sub(r"-seed\d+-\w+$", "", log.parent.name)
+        settings = re.sub(r"-seed\d+(-val)?-\w+$", r"\1", log.parent.name)
         if "similarity" in rows[-1]:
             by_settings.setdefault(settings, []).append(rows[-1]["similarity"])
-    return {spread(values, 3) for values in by_settings.values() if len(values) > 1}
+    found = set()
+    for values in by_settings.values():
+        found.add(spread(values, 3) if len(values) > 1 else f"{values[0]:.3f} (1)")
+    return found
 
 
 def pruned():
+    """{(mask_prob, experts): mean and spread of the test top-1}."""
     by_count = {}
     with open(RESULTS / "pruning.csv", newline="") as file:
         for row in csv.DictReader(file):
             key = row["mask_prob"], row["experts"]
             by_count.setdefault(key, []).append(float(row["test_top1"]))
-    return {spread(values, 2) for values in by_count.values()}
+    return {key: spread(values, 2) for key, values in by_count.items()}
+
+
+def searches():
+    """Every choice in results/: (file, method, other settings, {rate: [val top-1]}, chosen rates)."""
+    for path in sorted(RESULTS.rglob("search.csv")):
+        groups = {}
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                assert row["choice"] in ("lr", "mask_prob lr"), path
+                others = f"mask_prob={row['mask_prob']}" if row.get("mask_prob") else ""
+                key = row["dataset"], row["method"], others
+                scores, chosen = groups.setdefault(key, ({}, set()))
+                scores.setdefault(row["lr"], []).append(float(row["val_top1"]))
+                if row["chosen"] == "1":
+                    chosen.add(row["lr"])
+        for (dataset, method, others), (scores, chosen) in groups.items():
+            yield path, dataset, method, others, scores, chosen
 
 
 @pytest.fixture(scope="module")
-def trials():
-    """The means of every search over its seeds, as suite.py prints them."""
+def choices():
+    """The lines that suite.py prints about its choices."""
     found = set()
-    for path in RESULTS.rglob("search.csv"):
-        scores = {}
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                settings = re.sub(r"seed\d+-val-\w+$", "", row["run"])
-                key = row["lr"], settings
-                scores.setdefault(key, []).append(float(row["val_top1"]))
-        for (lr, _), values in scores.items():
-            found.add(f"lr={lr} {statistics.mean(values):.2f}")
+    for _, dataset, method, others, scores, chosen in searches():
+        tried = ", ".join(
+            f"lr={lr} {statistics.mean(scores[lr]):.2f}" for lr in sorted(scores, key=float)
+        )
+        (best,) = chosen
+        found.add(f"{method} on {dataset} {others}".rstrip() + f": lr={best} of {tried}")
     return found
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
-def test_every_number_is_a_result(known, trials, page):
+def test_every_number_is_a_result(known, choices, page):
     text = (ROOT / page).read_text()
     means, differences = known
     found = MEAN.findall(text)
     assert len(found) > 2 and not set(found) - means
     assert not set(SINGLE.findall(text) + PRINTED.findall(text)) - means
     assert not set(DIFFERENCE.findall(text)) - differences
-    assert not set(TRIAL.findall(text)) - trials
+    assert not set(re.findall("^chosen on val200, (.*)", text, re.MULTILINE)) - choices
+
+
+def tables_of(text):
+    """The markdown tables in a text, without what is not a result: a star's and a dash's column."""
+    return re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
+
+
+def test_every_table_is_what_its_command_prints(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    checked = 0
+    for block in re.findall(r"^```\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL):
+        if not tables_of(block):
+            continue
+        printed = []
+        for words in re.findall(r"^python suite\.py (--table .+)$", block, re.MULTILINE):
+            suite.main(shlex.split(words))
+            printed += [table.strip() for table in tables_of(capsys.readouterr().out)]
+        for table in tables_of(block):
+            assert table.strip() in printed
+            checked += 1
+    assert checked > 8
+
+
+def test_the_pruning_table():
+    with open(PAGE) as file:
+        cells = table_after(file.read(), "experts kept")
+    found = pruned()
+    for name, values in cells.items():
+        p = float(re.search(r"p = ([\d.]+)", name)[1])
+        own = {key: value for key, value in found.items() if float(key[0]) == p}
+        counts = sorted({int(count) for _, count in own}, reverse=True)
+        by_count = {int(count): value for (_, count), value in own.items()}
+        assert values == [by_count[count] for count in counts]
 
 
 def test_runs_name_no_place_of_the_machine_that_made_them():
@@ -118,18 +175,17 @@ def test_the_page_names_the_versions_of_its_runs():
     for path in RESULTS.rglob("config.json"):
         versions = json.loads(path.read_text())["versions"]
         used.add(f"torch {versions['torch'].split('+')[0]}, timm {versions['timm']}")
-    text = (ROOT / "docs" / "results.md").read_text()
+    text = PAGE.read_text()
     assert set(re.findall(r"torch \d[\d.]*\d, timm \d[\d.]*\d", text)) == used
 
 
-def test_each_search_says_what_was_chosen_among_what():
-    searches = sorted(RESULTS.rglob("search.csv"))
-    assert searches
-    for path in searches:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        chosen = [row for row in rows if row["chosen"] == "1"]
-        assert 0 < len(chosen) < len(rows), path
+def test_each_choice_is_the_best_on_val200_of_at_least_four():
+    found = list(searches())
+    assert found
+    for path, _, method, others, scores, chosen in found:
+        means = {lr: statistics.mean(values) for lr, values in scores.items()}
+        best = max(sorted(means, key=float), key=means.get)  # of equals the smallest
+        assert chosen == {best} and len(means) >= 4, (path, method, others)
 
 
 def table_after(text, heading):
@@ -145,7 +201,7 @@ def table_after(text, heading):
 def test_hours_follow_from_the_products_that_were_counted():
     with open(RESULTS / "flops.json") as file:
         counted = json.load(file)
-    hours = table_after((ROOT / "docs" / "results.md").read_text(), "GPU hours")
+    hours = table_after(PAGE.read_text(), "GPU hours")
     per_image = {}
     for method, gflop in counted["gflop_per_step"].items():
         per_image[method] = gflop / counted["batch_size"]
@@ -164,7 +220,7 @@ def test_hours_follow_from_the_products_that_were_counted():
 def test_published_rows_are_those_of_the_file():
     with open(RESULTS / "published.csv", newline="") as file:
         known = {row["method"]: row for row in csv.DictReader(file)}
-    quoted = table_after((ROOT / "docs" / "results.md").read_text(), "published")
+    quoted = table_after(PAGE.read_text(), "published")
     for name, values in quoted.items():
         row = known[name.removesuffix(", best epoch on the test set")]
         own = [row[column] or "-" for column in ("groups", "tasks", "fgvc", "best_epoch")]

@@ -612,6 +612,7 @@ def test_parts_of_a_batch_bring_the_penalty_once():
             optimizer,
             torch.randn(6, 3),
             torch.zeros(6, dtype=torch.long),
+            model=net,
             size=6,
             normalize=lambda x: x,
             scaler=torch.amp.GradScaler("cpu", enabled=False),
