@@ -32,7 +32,7 @@ import photos
 from images import Images, lines
 from photos import FOLDER
 from runs import one_line
-from sources import NUMBER, join, read
+from sources import ROLE_NUMBER, join, read
 from splits import DataError, Missing, tfds_order  # noqa: F401
 from tasks import TASKS, Task
 from views import NORMALIZE, VIEWS, normalizer  # noqa: F401
@@ -116,7 +116,7 @@ def load(
     official, counts, paths = found.agrees, [], []
     for use, roles in selections.items():
         count = sum(len(found.labels[role]) for role in roles)
-        size = sum(task.sizes[NUMBER[role]] for role in roles) if task.sizes else count
+        size = sum(task.sizes[ROLE_NUMBER[role]] for role in roles) if task.sizes else count
         official = official and count == size
         counts.append(f"{count} of {size} {use} (subset)" if count < size else f"{count} {use}")
         for role in roles:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from files import RunError, whole
 
-FORMATS = (".png", ".pdf", ".svg")
+FILE_ENDINGS = (".png", ".pdf", ".svg")
 LOOKS = ["o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:", "h-"]  # told apart in grey too
 SHADES = "cividis"  # from dark to light, for the colour blind and in grey
 SIZES = {  # points, for a page
@@ -111,8 +111,8 @@ def check_picture(path: Path) -> None:
     """Raise RunError for a file that cannot be drawn into, or without matplotlib."""
     start()
     is_free = path.is_file() or not path.exists()
-    if path.suffix not in FORMATS or not is_free or not path.absolute().parent.is_dir():
-        raise RunError(f"{path}: expected a {', '.join(FORMATS)} file in a folder that exists")
+    if path.suffix not in FILE_ENDINGS or not is_free or not path.absolute().parent.is_dir():
+        raise RunError(f"{path}: expected a {', '.join(FILE_ENDINGS)} file in a folder that exists")
 
 
 def save(figure, path: Path, dpi: int = 150) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 AMP = ["auto", "bf16", "fp16", "off"]
 DEVICES = ["auto", "cpu", "cuda", "mps"]
 NORMS = ["imagenet", "none", "model"]
-FORMATS = ["markdown", "csv", "json", "latex"]
+TABLE_FORMATS = ["markdown", "csv", "json", "latex"]
 PLACE = ("device", "workers", "out", "data_dir", "resume", "overwrite")  # not what a run is
 SOURCES = ["auto", "original", "prepared"]
 AUGMENT = ["none", "crop", "flip", "auto"]
@@ -260,7 +260,12 @@ def suite_parser(manual: str | None = None) -> Parser:
     flag("--table", metavar="FOLDER", type=Path, help="print the runs in a folder, run nothing")
     help_of_pairs = "in that table the paired difference to this, as in: lora, or mask-prob=0"
     flag("--against", metavar="WORDS", help=help_of_pairs)
-    flag("--format", choices=FORMATS, default="markdown", help="of the table (default: markdown)")
+    flag(
+        "--format",
+        choices=TABLE_FORMATS,
+        default="markdown",
+        help="of the table (default: markdown)",
+    )
     return parser
 
 

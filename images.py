@@ -34,7 +34,7 @@ from splits import DataError
 from views import BICUBIC, VIEWS, mirrored, upright
 
 # what Pillow may open; it would start other programs for some (Ghostscript for EPS)
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+READABLE = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 FEW = 5e6  # pixels that are decoded before a worker process has started
 Item = Path | bytes | np.ndarray  # a file, an encoded image, or pixels (H, W) or (H, W, 3) of uint8
 
@@ -43,7 +43,7 @@ def open_image(item: Item) -> Image.Image:
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
     file = io.BytesIO(item) if isinstance(item, bytes) else regular(item)
-    return Image.open(file, formats=FORMATS)
+    return Image.open(file, formats=READABLE)
 
 
 def image_format(item: Item, where: str) -> str:
@@ -82,7 +82,7 @@ def lines(listing: Path) -> list[tuple[str, str]]:
     return [(f"{listing}, line {number}", line) for number, line in numbered if line]
 
 
-def inside(name: str, where: str | Path) -> str:
+def within(name: str, where: str | Path) -> str:
     """The relative path `name`, if it stays in its folder; else DataError."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(f"{where}: {name} leads out of the task's folder")

@@ -23,7 +23,7 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
 from files import regular
-from images import find, inside, lines, open_image
+from images import find, lines, open_image, within
 from splits import DataError, check_files, draw_kitti, from_folders, sun397_split
 
 
@@ -81,7 +81,7 @@ def dtd(root: Path, split: str) -> Content:
     keys, labels = [], []
     for where, line in lines(folder / "labels" / f"{name}.txt"):
         label = line.split("/")[0]
-        keys.append(inside(line, where))
+        keys.append(within(line, where))
         if label not in classes:
             raise DataError(f"{where}: there is no class {label} in {folder / 'images'}")
         labels.append(classes.index(label))
@@ -112,7 +112,7 @@ def pets(root: Path, split: str) -> Content:
         fields = line.split()
         if len(fields) != 4 or not fields[1].isdecimal():
             raise DataError(f"{where}: expected '<name> <class> <species> <breed>', found {line!r}")
-        keys.append(inside(f"{fields[0]}.jpg", where))
+        keys.append(within(f"{fields[0]}.jpg", where))
         labels.append(int(fields[1]) - 1)
     return in_files(folder / "images", keys, labels)
 
@@ -190,7 +190,7 @@ def clevr(root: Path, split: str, label: Callable) -> Content:
     listing = folder / "scenes" / f"CLEVR_{name}_scenes.json"
     labels = {}
     for scene in json.loads(regular(listing).read_text())["scenes"]:
-        key = inside(scene["image_filename"], listing)
+        key = within(scene["image_filename"], listing)
         labels[key] = label(scene["objects"])
     keys = sorted(labels)
     return in_files(folder / "images" / name, keys, [labels[key] for key in keys])
@@ -221,7 +221,7 @@ def retinopathy(root: Path, split: str) -> Content:
     with open(folder / listing, newline="") as file:
         for row in csv.DictReader(file):
             if row.get("Usage") == usage:
-                keys.append(inside(row["image"], folder / listing))
+                keys.append(within(row["image"], folder / listing))
                 labels.append(int(row["level"]))
 
     def images(rows: list[int]) -> list[Path]:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from configs import read_config
-from figures import FORMATS, LOOKS, PAGE, check_picture, draw_method, new_figure, save
+from figures import FILE_ENDINGS, LOOKS, PAGE, check_picture, draw_method, new_figure, save
 from files import RunError, check_shape, read_log
 from flags import DEVICES, Parser, printable
 from inside import NoPicture, Run
@@ -129,7 +129,7 @@ def draw_curves(curves: dict[str, list[list[dict]]]):
 def places(args: argparse.Namespace, kinds: list[str]) -> dict[str, Path]:
     """{kind of picture: its file}, checked; RunError for a file that cannot be drawn into."""
     folder, suffix = args.out or args.runs[0], args.format or "png"
-    if folder.suffix in FORMATS and not folder.is_dir():
+    if folder.suffix in FILE_ENDINGS and not folder.is_dir():
         if len(kinds) > 1:
             raise RunError(f"--out {folder}: one file for {', '.join(kinds)}; name a folder")
         if args.format and folder.suffix != f".{args.format}":
@@ -146,7 +146,7 @@ def places(args: argparse.Namespace, kinds: list[str]) -> dict[str, Path]:
 
 def draw_all(args: argparse.Namespace) -> None:
     """Draw what args.only names, or else all that these runs can have; print the files."""
-    is_file = args.out and args.out.suffix in FORMATS and not args.out.is_dir()
+    is_file = args.out and args.out.suffix in FILE_ENDINGS and not args.out.is_dir()
     kinds = args.only or (PICTURES[:1] if is_file else PICTURES)
     groups = group(args.runs)
     files = places(args, kinds)
@@ -195,7 +195,11 @@ def main(argv: list[str] | None = None) -> None:
     flag("runs", nargs="*", type=Path, help="folders of runs")
     flag("--only", nargs="+", choices=PICTURES, metavar="KIND", help=f"of {', '.join(PICTURES)}")
     flag("--out", type=Path, help="a folder, or the file of one picture (default: the first run)")
-    flag("--format", choices=[name[1:] for name in FORMATS], help="default: png, or that of --out")
+    flag(
+        "--format",
+        choices=[name[1:] for name in FILE_ENDINGS],
+        help="default: png, or that of --out",
+    )
     help_of_sweep = "accuracy over a setting, as in mask-prob or lr, of the runs in these folders"
     flag("--sweep", metavar="SETTING", help=help_of_sweep)
     flag("--method-picture", type=Path, metavar="FILE", help="draw what masking does")

@@ -19,12 +19,12 @@ import numpy as np
 
 import splits
 from files import regular
-from images import find, image_format, inside, lines
+from images import find, image_format, lines, within
 from originals import Content
 from splits import CUTS, DataError, Missing
 
 ARCHIVE = "1yZKwiKdsBzTfBgnStRveYMokc7GMMd5p"  # all 19 tasks, on Google Drive
-NUMBER = {"train": 0, "val": 1, "test": 2}  # of a role in a task's sizes
+ROLE_NUMBER = {"train": 0, "val": 1, "test": 2}  # of a role in a task's sizes
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def read_prepared(task, folder: Path, roles: Iterable[str]) -> Found:
         found.agrees = False
     for name, in_list in lists.items():
         paths, labels = _prepared_list(task, folder / name, found.formats)
-        count = sum(task.sizes[NUMBER[role]] for role in in_list)
+        count = sum(task.sizes[ROLE_NUMBER[role]] for role in in_list)
         is_other = in_list == ["test"] and len(paths) == splits.OTHER_DRAWS.get(task.name)
         if is_other:
             found.notes.append(f"{len(paths)} test images are another draw than the official one")
@@ -238,7 +238,7 @@ def read_prepared(task, folder: Path, roles: Iterable[str]) -> Found:
             )
         first = 0
         for role in in_list:
-            stop = first + task.sizes[NUMBER[role]] if len(in_list) > 1 else None
+            stop = first + task.sizes[ROLE_NUMBER[role]] if len(in_list) > 1 else None
             found.images[role] = paths[first:stop]
             found.labels[role] = labels[first:stop]
             slice_name = splits.ROLES[role]
@@ -278,7 +278,7 @@ def _prepared_list(task, listing: Path, formats: set[str]) -> tuple[list[Path], 
             raise DataError(f"{where}: expected '<image> <label>', found {line!r}") from None
         if not 0 <= label < task.classes:
             raise DataError(f"{where}: label {label} is outside 0..{task.classes - 1}")
-        path = listing.parent / inside(name, where)
+        path = listing.parent / within(name, where)
         formats.add(image_format(path, where))
         paths.append(path)
         labels.append(label)
@@ -317,7 +317,7 @@ def read_fgvc(task, root: Path, roles: Sequence[str], source: str, download: boo
         found.labels[role] = [class_of[label] for label in listed.values()]
         found.images[role] = []
         for name in listed:
-            places = [folder / sub / inside(name, where) for sub in ("images", "Images", "")]
+            places = [folder / sub / within(name, where) for sub in ("images", "Images", "")]
             there = [path for path in places if path.exists()] or places[-1:]
             found.formats.add(image_format(there[0], where))
             found.images[role].append(there[0])
@@ -334,7 +334,7 @@ def _fgvc_list(task, folder: Path, role: str) -> dict[str, int]:
         raise DataError(
             f"{listing} is no list like {{'<image>': <class>}} ({error}): get it again"
         ) from None
-    count = task.sizes[NUMBER[role]]
+    count = task.sizes[ROLE_NUMBER[role]]
     if len(listed) > count:
         raise DataError(f"{listing} has {len(listed)} images, {task.name} has {count}")
     return listed

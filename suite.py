@@ -207,11 +207,11 @@ def choose(trials: list[Trial], names: list[str], others: list[str]) -> list[Tri
         tried = [f"{trial.show(names)} {trial.mean():.2f}" for trial in rivals]
         print(f"chosen on val200, {what}: {best[-1].show(names)} of {', '.join(tried)}")
         for name in names:
-            tried = [size(trial.arguments[name]) for trial in rivals]
-            if not all(isinstance(value, int | float) for value in tried):
+            sizes = [size(trial.arguments[name]) for trial in rivals]
+            if not all(isinstance(value, int | float) for value in sizes):
                 continue  # words, or a setting that the method has not
             own = size(best[-1].arguments[name])
-            if own in (min(tried), max(tried)) and min(tried) < max(tried):
+            if own in (min(sizes), max(sizes)) and min(sizes) < max(sizes):
                 print(f"note: that is the smallest or largest {name}: try more values")
     return best
 
