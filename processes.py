@@ -235,7 +235,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def share(model: nn.Module) -> nn.Module:
-    """The model to call: if there are several ranks, one whose gradients are the means of theirs."""
+    """The model to call: if there are several ranks, one whose gradients are their means."""
     if world_size() == 1:
         return model
     # all steps use the same parameters

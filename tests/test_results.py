@@ -225,3 +225,50 @@ def test_published_rows_are_those_of_the_file():
         row = known[name.removesuffix(", best epoch on the test set")]
         own = [row[column] or "-" for column in ("groups", "tasks", "fgvc", "best_epoch")]
         assert values == own, name
+
+
+COLUMNS = {  # of the table on README: (method, p)
+    "linear": ("linear", None),
+    "LoRA": ("lora", None),
+    "RM-LoRA": ("rmlora", None),
+    "MLAE, p = 0": ("mlae", 0.0),
+    "MLAE, p = 0.3": ("mlae", 0.3),
+    "MLAE, p = 0.5": ("mlae", 0.5),
+    "MoR": ("mor", None),
+    "SNELL": ("snell", None),
+    "SNELLA": ("snella", None),
+    "full": ("full", None),
+}
+
+
+def at_the_chosen_rate(folder, method, p):
+    """The test runs of a method in a folder, at the rate that was chosen on val200."""
+    rates = []
+    for path, _, name, others, _, chosen in searches():
+        if path.parent == folder and name == method and others in ("", f"mask_prob={p}"):
+            rates += map(float, chosen)
+    found = []
+    for result in collect(folder):
+        own = result.arguments
+        is_ours = own["method"] == method and own["lr"] in rates and own["mask_prob"] in (p, None)
+        if is_ours and result.split == "test":
+            found.append(result)
+    return found
+
+
+def test_the_table_on_readme():
+    text = (ROOT / "README.md").read_text()
+    head = re.search(r"^\| \| (linear .*) \|$", text, re.MULTILINE)[1].split(" | ")
+    assert head == list(COLUMNS)
+    rows = table_after(text, "| linear")
+    folders = {"digits (the demo)": ("methods", "masking"), "part of CIFAR-100": ("real",)}
+    for row, names in folders.items():
+        for cell, (method, p) in zip(rows[row], COLUMNS.values(), strict=True):
+            found = at_the_chosen_rate(RESULTS / (names[0] if p is None else names[-1]), method, p)
+            top1 = [result.top1 for result in found]
+            assert cell == (f"{spread(top1, 2)} ({len(top1)})" if top1 else ""), (row, method, p)
+    sizes = rows["parameters on digits, without the head"]
+    for cell, (method, _) in zip(sizes, COLUMNS.values(), strict=True):
+        metrics = at_the_chosen_rate(RESULTS / "methods", method, 0.5)[0].metrics
+        own = metrics["trainable_parameters"] - metrics["head_parameters"]
+        assert cell == f"{own:,}"
