@@ -131,7 +131,7 @@ def test_every_number_is_a_result(known, choices, page):
 
 
 def tables_of(text):
-    """The markdown tables in a text, without what is not a result: a star's and a dash's column."""
+    """The markdown tables in a text."""
     return re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
 
 
