@@ -67,10 +67,10 @@ def take_lock(path: Path) -> object:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(regular(path), "a+")  # noqa: SIM115
-        except (FileExistsError, FileNotFoundError):
-            if path.parent.is_file():
-                raise
-            continue  # its folder was removed, empty, by the one before
+        except (FileExistsError, FileNotFoundError) as error:
+            gone = error  # its folder was removed, empty, by the one before; or cannot be
+            continue
+        gone = None
         try:
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked child has no part in it
@@ -87,6 +87,8 @@ def take_lock(path: Path) -> object:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()  # the one before has removed it after this one had opened it
+    if gone:
+        raise gone
     raise Busy(f"{path.parent}: {holder(path)} is at it; wait for it, or take another --out")
 
 

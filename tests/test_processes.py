@@ -244,6 +244,17 @@ def test_a_file_that_another_process_removes_meanwhile_is_no_error(tmp_path, mon
         processes.take_lock(tmp_path / "file" / "lock")
 
 
+def test_a_folder_that_cannot_be_made_is_no_other_process(tmp_path, monkeypatch, capsys):
+    def refuse(path, **options):
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # as in /proc
+    with pytest.raises(SystemExit) as stop:
+        train.main([*QUICK, "--out", str(tmp_path / "there")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "at it" not in line and "there" in line
+
+
 def test_a_claim_leaves_no_empty_folders(tmp_path):
     with processes.claim(tmp_path / "a/b"):
         pass
