@@ -141,9 +141,10 @@ def draw_sweep(sweeps: dict[tuple, dict], setting: str):
         lines = sweeps[panel]
         along = ruler(lines, setting)
         ends = []
+        step = min(0.012, 0.04 / len(lines))  # of the axis; else bars hide each other
         for number, (name, points) in enumerate(lines.items()):
             look = LOOKS[number % len(LOOKS)]
-            shift = 0.012 * (number - (len(lines) - 1) / 2)  # else bars hide each other
+            shift = step * (number - (len(lines) - 1) / 2)
             ends += draw_line(axis, name, points, look, along, shift)
         if along.logarithmic:
             axis.set_xscale("log")

@@ -89,14 +89,18 @@ def pruned():
     return {key: spread(values, 2) for key, values in by_count.items()}
 
 
+NOT_SETTINGS = {"dataset", "method", "lr", "seed", "val_top1", "chosen", "choice", "run"}
+
+
 def searches():
-    """Every choice in results/: (file, method, other settings, {rate: [val top-1]}, chosen rates)."""
+    """Every choice in results/: (file, task, method, other settings, {rate: [val top-1]}, chosen)."""
     for path in sorted(RESULTS.rglob("search.csv")):
         groups = {}
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                assert row["choice"] in ("lr", "mask_prob lr"), path
-                others = f"mask_prob={row['mask_prob']}" if row.get("mask_prob") else ""
+                settings = [name for name in row if row[name] and name not in NOT_SETTINGS]
+                assert set(row["choice"].split()) >= {"lr", *settings}, path
+                others = " ".join(f"{name}={row[name]}" for name in settings)
                 key = row["dataset"], row["method"], others
                 scores, chosen = groups.setdefault(key, ({}, set()))
                 scores.setdefault(row["lr"], []).append(float(row["val_top1"]))
@@ -182,10 +186,10 @@ def test_the_page_names_the_versions_of_its_runs():
 def test_each_choice_is_the_best_on_val200_of_at_least_four():
     found = list(searches())
     assert found
-    for path, _, method, others, scores, chosen in found:
+    for path, task, method, others, scores, chosen in found:
         means = {lr: statistics.mean(values) for lr, values in scores.items()}
         best = max(sorted(means, key=float), key=means.get)  # of equals the smallest
-        assert chosen == {best} and len(means) >= 4, (path, method, others)
+        assert chosen == {best} and len(means) >= 4, (path, task, method, others)
 
 
 def table_after(text, heading):
@@ -241,16 +245,19 @@ COLUMNS = {  # of the table on README: (method, p)
 }
 
 
-def at_the_chosen_rate(folder, method, p):
-    """The test runs of a method in a folder, at the rate that was chosen on val200."""
+def at_the_chosen_rate(folder, method, p, task):
+    """The test runs of a method on a task, at the rate that was chosen on val200."""
     rates = []
-    for path, _, name, others, _, chosen in searches():
-        if path.parent == folder and name == method and others in ("", f"mask_prob={p}"):
+    for path, searched, name, others, _, chosen in searches():
+        is_ours = searched == task and name == method and others in ("", f"mask_prob={p}")
+        if is_ours and path.parent == folder:
             rates += map(float, chosen)
+    usual = {"method": method, "dataset": task, "masking": "stochastic", "freeze_lambda": False}
     found = []
     for result in collect(folder):
         own = result.arguments
-        is_ours = own["method"] == method and own["lr"] in rates and own["mask_prob"] in (p, None)
+        is_ours = all(own[name] in (value, None) for name, value in usual.items())
+        is_ours = is_ours and own["lr"] in rates and own["mask_prob"] in (p, None)
         if is_ours and result.split == "test":
             found.append(result)
     return found
@@ -261,14 +268,18 @@ def test_the_table_on_readme():
     head = re.search(r"^\| \| (linear .*) \|$", text, re.MULTILINE)[1].split(" | ")
     assert head == list(COLUMNS)
     rows = table_after(text, "| linear")
-    folders = {"digits (the demo)": ("methods", "masking"), "part of CIFAR-100": ("real",)}
-    for row, names in folders.items():
+    sources = {  # of each row: its task and its folders, without and with p
+        "digits (the demo)": ("digits", "methods", "masking"),
+        "part of CIFAR-100": ("cifar", "real", "real"),
+    }
+    for row, (task, without, masked) in sources.items():
         for cell, (method, p) in zip(rows[row], COLUMNS.values(), strict=True):
-            found = at_the_chosen_rate(RESULTS / (names[0] if p is None else names[-1]), method, p)
+            folder = RESULTS / (without if p is None else masked)
+            found = at_the_chosen_rate(folder, method, p, task)
             top1 = [result.top1 for result in found]
             assert cell == (f"{spread(top1, 2)} ({len(top1)})" if top1 else ""), (row, method, p)
     sizes = rows["parameters on digits, without the head"]
     for cell, (method, _) in zip(sizes, COLUMNS.values(), strict=True):
-        metrics = at_the_chosen_rate(RESULTS / "methods", method, 0.5)[0].metrics
+        metrics = at_the_chosen_rate(RESULTS / "methods", method, 0.5, "digits")[0].metrics
         own = metrics["trainable_parameters"] - metrics["head_parameters"]
         assert cell == f"{own:,}"
