@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import data
+from baselines import METHODS
 from files import RunError
 from flags import shown
 from runs import Result
@@ -95,13 +96,13 @@ def rows_of(results: list[Result], chosen: Sequence[str] = ()) -> list[Row]:
     for key, found in tables.items():
         benchmark, split, _ = key
         rivals = [json.loads(other[2]) for other in tables if other[:2] == key[:2]]
-        settings = arguments[key]
+        configuration = label(arguments[key], json.loads(key[2]), rivals)
         means = mean_rows(benchmark, found) if key[:2] in with_means else []
         for row in task_rows(benchmark, found) + means:
             row.benchmark = benchmark
             row.split = split
-            row.method = settings["method"]
-            row.configuration = label(settings, rivals)
+            row.method = arguments[key]["method"]
+            row.configuration = configuration
             if row.of == 1 and split == "test":
                 run = next(iter(found[row.task].values()))
                 row.chosen = {name: run.arguments[name] for name in chosen}
@@ -109,11 +110,15 @@ def rows_of(results: list[Result], chosen: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-def label(arguments: dict, rivals: list[dict]) -> str:
-    """The method, and its settings in which the configurations of the table differ."""
-    words = [arguments["method"]]
+def label(arguments: dict, given: dict, rivals: list[dict]) -> str:
+    """The method, and its settings in which the configurations of the table differ; of a method's
+    own settings that were not given, those in which its own configurations differ."""
+    method = arguments["method"]
+    same = [rival for rival in rivals if rival["method"] == method]
+    words = [method]
     for name, value in arguments.items():
-        choices = {json.dumps(rival.get(name)) for rival in rivals}
+        usual = name not in given and name in ("targets", *METHODS[method].settings)
+        choices = {json.dumps(rival.get(name)) for rival in (same if usual else rivals)}
         if name != "method" and len(choices) > 1 and value is not None:
             words.append(f"{name}={shown(value)}")
     return " ".join(words)
@@ -136,7 +141,7 @@ def task_rows(benchmark: str, found: dict) -> list[Row]:
 
 
 def mean_rows(benchmark: str, found: dict) -> list[Row]:
-    """The means of a suite: of each group, of the groups, of the tasks; nothing for other tasks."""
+    """Means of a suite's groups, of the groups, of the tasks; none of other tasks or of subsets."""
     if benchmark not in data.SUITES.values():
         return []
     official: dict[str, dict] = {}  # task -> seed -> top-1
@@ -146,6 +151,8 @@ def mean_rows(benchmark: str, found: dict) -> list[Row]:
         results = found.get(task.name, {})
         if is_official(results):
             official[task.name] = {seed: result.top1 for seed, result in results.items()}
+    if not official:
+        return []
     scores = list(official.values())
     count = len(data.tasks_of(benchmark))
     of_tasks = mean_row("mean of tasks", mean_over(scores), scores, count)
@@ -275,17 +282,13 @@ def grid(rows: list[Row], show: Callable | None = None) -> list[list[str]]:
     corner = f"{rows[0].benchmark}, {rows[0].split} top-1 (%)"
     if show:
         corner = f"{rows[0].split} top-1 minus that of {rows[0].against}, paired [95 %]"
+    lines = [[corner, *tasks]]
+    for name in names:
+        cells = [text.get((name, task), "-") for task in tasks]
+        lines.append([name, *cells])
     if len(tasks) <= WIDE:
-        lines = [[corner, *tasks]]
-        for name in names:
-            cells = [text.get((name, task), "-") for task in tasks]
-            lines.append([name, *cells])
         return lines
-    lines = [[corner, *names]]
-    for task in tasks:
-        cells = [text.get((name, task), "-") for name in names]
-        lines.append([task, *cells])
-    return lines
+    return [list(column) for column in zip(*lines, strict=True)]
 
 
 def cell(row: Row) -> str:
@@ -334,11 +337,8 @@ def as_csv(rows: list[Row]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(asdict(rows[0]))
     for row in rows:
-        cells = asdict(row)
-        for name, value in cells.items():
-            if isinstance(value, dict):
-                cells[name] = json.dumps(value)
-        writer.writerow(cells.values())
+        values = asdict(row).values()
+        writer.writerow(json.dumps(one) if isinstance(one, dict) else one for one in values)
     return file.getvalue().rstrip()
 
 

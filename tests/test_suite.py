@@ -394,11 +394,37 @@ def test_choosing_on_val200_and_no_look_at_the_test_before(tmp_path, capsys, mon
     assert again.splitlines()[-1] == out.splitlines()[-1]
 
 
-def finished(top1, *, split="test", **own):
-    """A finished run of MLAE on the demo."""
-    identity = {"dataset": "digits", "method": "mlae", "val": split == "val"} | own
-    metrics = {"dataset": "digits", "model": "vit_nano", "data": "", "official": True}
-    return Result(identity, identity, metrics | {"seed": own["seed"]}, split, top1)
+def finished(top1, *, split="test", official=True, usual=(), **own):
+    """A finished run, of MLAE on the demo unless said otherwise."""
+    identity = {"dataset": "digits", "method": "mlae", "model": "vit_nano", "val": split == "val"}
+    identity |= own
+    metrics = {"dataset": identity["dataset"], "model": "vit_nano", "data": "", "official": official}
+    arguments = identity | dict(usual)
+    return Result(arguments, identity, metrics | {"seed": own["seed"]}, split, top1)
+
+
+def test_a_row_is_named_by_what_sets_it_apart():
+    usual = {"targets": ["attn.qkv"], "rank": 8}
+    runs = [finished(80.0, seed=0, lr=0.1, mask_prob=p, usual=usual) for p in (0.0, 0.3)]
+    runs.append(finished(80.0, seed=0, lr=0.1, usual=usual | {"mask_prob": 0.5}))
+    runs.append(finished(70.0, seed=0, lr=0.2, method="lora", rank=8))
+    mixture = {"method": "mor", "targets": ["attn.qkv"], "num_experts": 4}
+    runs.append(finished(75.0, seed=0, lr=0.1, rank=4, **mixture))
+    rows = table_of_runs.rows_of(runs)
+    assert [row.configuration for row in rows] == [
+        "mlae lr=0.1 mask_prob=0.0",
+        "mlae lr=0.1 mask_prob=0.3",
+        "mlae lr=0.1 mask_prob=0.5",
+        "lora lr=0.2 rank=8",
+        "mor lr=0.1 rank=4 targets=attn.qkv num_experts=4",
+    ]
+
+
+def test_subsets_alone_have_no_means():
+    runs = [finished(80.0, seed=0, dataset=task, official=False) for task in ("dtd", "svhn")]
+    assert [row.task for row in table_of_runs.rows_of(runs)] == ["dtd", "svhn"]
+    runs.append(finished(80.0, seed=0, dataset="eurosat"))
+    assert table_of_runs.rows_of(runs)[-1].task == "mean of tasks"
 
 
 def test_a_table_keeps_apart_what_was_tried_and_hides_no_run():
