@@ -271,6 +271,7 @@ def test_the_table_on_readme():
     sources = {  # of each row: its task and its folders, without and with p
         "digits (the demo)": ("digits", "methods", "masking"),
         "part of CIFAR-100": ("cifar", "real", "real"),
+        "part of Caltech101": ("caltech101", "real", "real"),
     }
     for row, (task, without, masked) in sources.items():
         for cell, (method, p) in zip(rows[row], COLUMNS.values(), strict=True):
