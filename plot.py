@@ -65,7 +65,7 @@ def group(folders: list[Path]) -> dict[str, list[Path]]:
     for key, (arguments, members) in found.items():
         settings = json.loads(key)
         extra = {name: settings.get(name) for name in ("pruned", data.FOLDER)}
-        name = label(arguments | extra, rivals)
+        name = label(arguments | extra, settings, rivals)
         groups[name] = [members[seed] for seed in sorted(members)]
     return groups
 

@@ -41,7 +41,8 @@ def read_sweep(results: list[Result], setting: str) -> dict[tuple, dict]:
         rivals = [settings_of(result, others) for result in members]
         lines: dict[str, dict] = {}
         for result in members:
-            name = label(result.arguments, rivals)
+            given = settings_of(result, others)
+            name = label(result.arguments, given, rivals)
             points = lines.setdefault(name, {})
             scores = points.setdefault(value_of(result, setting), {})
             scores[result.metrics["seed"]] = result.top1

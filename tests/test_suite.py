@@ -398,7 +398,12 @@ def finished(top1, *, split="test", official=True, usual=(), **own):
     """A finished run, of MLAE on the demo unless said otherwise."""
     identity = {"dataset": "digits", "method": "mlae", "model": "vit_nano", "val": split == "val"}
     identity |= own
-    metrics = {"dataset": identity["dataset"], "model": "vit_nano", "data": "", "official": official}
+    metrics = {
+        "dataset": identity["dataset"],
+        "model": "vit_nano",
+        "data": "",
+        "official": official,
+    }
     arguments = identity | dict(usual)
     return Result(arguments, identity, metrics | {"seed": own["seed"]}, split, top1)
 
