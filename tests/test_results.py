@@ -70,7 +70,8 @@ def similarities(folder):
     by_settings = {}
     for log in folder.rglob("log.csv"):
         rows = read_log(log)
-        settings = re.sub(r"-seed\d+(-val)?-\w+$", r"\1", log.parent.name)
+        identity = json.loads(log.with_name("config.json").read_text())["identity"]
+        settings = tuple(f"{name}={value}" for name, value in identity.items() if name != "seed")
         if "similarity" in rows[-1]:
             by_settings.setdefault(settings, []).append(rows[-1]["similarity"])
     found = set()
