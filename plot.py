@@ -219,6 +219,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         setting = args.sweep.lstrip("-").replace("-", "_")
         results = collect(*args.runs)
+        if not results:
+            raise RunError(f"--sweep: there is no finished run in {' '.join(map(str, args.runs))}")
         sweeps = read_sweep(results, setting)
         (file,) = places(args, [f"sweep-{setting}"]).values()
         save(draw_sweep(sweeps, setting), file)

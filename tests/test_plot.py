@@ -122,6 +122,7 @@ def test_the_picture_of_the_method(tmp_path):
         (["RUN", "--only", "lines"], "argument --only: invalid choice: 'lines'"),
         (["RUN", "--out", "no/x.png"], "no/x.png: expected a .png"),
         (["RUN", "--sweep", "rank"], "--sweep rank: no run was repeated with another value"),
+        (["absent", "--sweep", "lr"], "--sweep: there is no finished run in absent"),
         (["--method-picture", "x.txt"], "x.txt: expected a .png"),
     ],
 )
