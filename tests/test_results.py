@@ -135,6 +135,16 @@ def test_every_number_is_a_result(known, choices, page):
     assert not set(re.findall("^chosen on val200, (.*)", text, re.MULTILINE)) - choices
 
 
+def test_the_example_with_photos_prints_what_it_printed():
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(
+        r"^```\n(\$ python train\.py --dataset photos.*?)^```", text, re.M | re.S
+    )
+    printed = (RESULTS / "photos" / "output.txt").read_text().splitlines()
+    lines = example.splitlines()
+    assert len(lines) > 8 and not set(lines) - set(printed)
+
+
 def tables_of(text):
     """The markdown tables in a text."""
     return re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
