@@ -260,8 +260,8 @@ def at_the_chosen_rate(folder, method, p, task):
     """The test runs of a method on a task, at the rate that was chosen on val200."""
     rates = []
     for path, searched, name, others, _, chosen in searches():
-        is_ours = searched == task and name == method and others in ("", f"mask_prob={p}")
-        if is_ours and path.parent == folder:
+        is_ours = searched == task and name == method and path.parent == folder
+        if is_ours and (p is None or others in ("", f"mask_prob={p}")):
             rates += map(float, chosen)
     usual = {"method": method, "dataset": task, "masking": "stochastic", "freeze_lambda": False}
     found = []

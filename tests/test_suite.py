@@ -519,6 +519,20 @@ def test_the_epochs_are_chosen_though_the_warm_up_follows_from_them(tmp_path, ca
     assert out.count("chosen on val200, mlae on digits mask_prob=0.") == 2
 
 
+def test_searches_in_one_folder_are_told_apart(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL, "--epochs", 1, "--lr", 1e-3, 8e-3, "--choose", "lr"]
+    call(capsys, *words)
+    out = call(capsys, *words, "--freeze-lambda")
+    assert "chosen on val200, mlae on digits freeze_lambda=True: lr=" in out
+    with open("runs/search.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["freeze_lambda"] for row in rows] == ["", "", "True", "True"]
+    assert [row["choice"] for row in rows] == ["lr"] * 2 + ["freeze_lambda lr"] * 2
+    for searched in (rows[:2], rows[2:]):
+        assert [row["chosen"] for row in searched].count("1") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
