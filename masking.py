@@ -95,9 +95,9 @@ def mlae_plan(names: Sequence[str], settings: dict) -> list[dict]:
     """
     masking, pattern = settings["masking"], settings["pattern"]
     if masking not in MASKINGS:
-        raise ValueError(f"masking must be one of {', '.join(MASKINGS)}, not {masking!r}")
+        raise ValueError(f"--masking must be one of {', '.join(MASKINGS)}, not {masking!r}")
     if settings["schedule"] not in SCHEDULES:
-        raise ValueError(f"mask schedule must be one of {', '.join(SCHEDULES)}")
+        raise ValueError(f"--mask-schedule must be one of {', '.join(SCHEDULES)}")
     if settings["schedule"] != "constant" and masking == "fixed":
         raise ValueError(f"schedule {settings['schedule']} needs masking stochastic or mixed")
     rates: list = [0.0] * len(names)

@@ -77,7 +77,7 @@ def create(
 def find_method(name: str) -> Method:
     """The row of METHODS of that name; ModelError, listing them all, if there is none."""
     if name not in METHODS:
-        raise ModelError(f"method must be one of {', '.join(METHODS)}, not {name!r}")
+        raise ModelError(f"--method must be one of {', '.join(METHODS)}, not {name!r}")
     return METHODS[name]
 
 

@@ -135,7 +135,7 @@ def search(args: argparse.Namespace) -> tuple[list, dict]:
     runs are left out. The choice is on disk before it returns.
     """
     names = chosen_flags(args)
-    others = told_flags(args, names)
+    others = identifying_flags(args, names)
     path = Path(args.out, "search.csv")
     every = argparse.Namespace(**vars(args))
     every.val, every.seed = True, args.search_seed
@@ -182,20 +182,20 @@ def chosen_flags(args: argparse.Namespace) -> list[str]:
     return names
 
 
-def told_flags(args: argparse.Namespace, names: list[str]) -> list[str]:
+def identifying_flags(args: argparse.Namespace, names: list[str]) -> list[str]:
     """The names of the other flags that tell searches apart: those with several values, for each
     of which there is a choice, and the methods' own flags that were given."""
     of_methods = {"targets"}
     for method in METHODS.values():
         of_methods.update(method.settings)
     known = {"dataset", "method", "seed", "search_seed", "choose", *names}
-    told = []
+    identifying = []
     for name, value in vars(args).items():
         several = isinstance(value, list) and len(value) > 1
         given = name in of_methods and value is not None
         if name not in known and (several or given):
-            told.append(name)
-    return told
+            identifying.append(name)
+    return identifying
 
 
 def choose(trials: list[Trial], names: list[str], others: list[str]) -> list[Trial]:
