@@ -38,6 +38,7 @@ from tasks import TASKS, Task
 from views import NORMALIZE, VIEWS, normalizer  # noqa: F401
 
 SUITES = {"vtab": "vtab-1k", "fgvc": "fgvc"}  # all tasks of a benchmark
+BENCHMARKS = [*dict.fromkeys(task.benchmark for task in TASKS.values()), photos.BENCHMARK]
 SOURCES = ("auto", "original", "prepared")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -91,7 +92,7 @@ def rows_of(results: list[Result], chosen: Sequence[str] = ()) -> list[Row]:
         by_seed[seed] = result
         weights = {"model": settings["model"], "checkpoint": own.get("checkpoint", "")[:8] or None}
         arguments[key] = result.arguments | weights
-    with_means = {key[:2] for key, found in tables.items() if len(found) > 1}  # of several tasks
+    with_means = {key[:2] for key, found in tables.items() if len(found) > 1}
     rows = []
     for key, found in tables.items():
         benchmark, split, _ = key
@@ -214,17 +215,17 @@ def tabulate(rows: list[Row], form: str = "markdown") -> str:
 
     Markdown and json have published results too, if a suite's test results are in the table.
     """
-    with open(PUBLISHED, newline="", encoding="utf-8") as file:
-        published = list(csv.DictReader(file))
+    rows = sorted(rows, key=lambda row: natural(row.configuration))  # not by when each ran
+    published = list(csv.DictReader(PUBLISHED.read_text(encoding="utf-8").splitlines()))
     if form == "json":
         return json.dumps({"runs": list(map(asdict, rows)), "published": published}, indent=1)
     if form == "csv":
         return as_csv(rows)
     blocks = []
-    pairs = dict.fromkeys((row.benchmark, row.split) for row in rows)
-    # val comes first: published results, which stand at the end, are of test images
-    for benchmark, split in sorted(pairs, key=lambda pair: pair[1] == "test"):
+    for split, benchmark in itertools.product(("val", "test"), data.BENCHMARKS):
         own = [row for row in rows if row.benchmark == benchmark and row.split == split]
+        if not own:
+            continue
         lines = [grid(own)]
         compared = [row for row in own if row.against]
         if compared:
@@ -268,16 +269,17 @@ def notes(rows: list[Row]) -> str:
             words = ", ".join(f"{name} {shown(value)}" for name, value in row.chosen.items())
             lines[f"{row.task}, {row.configuration}: {words} chosen on val200"] = True
     if any(row.of == 1 and not row.official for row in rows):
-        name = rows[0].benchmark
-        lines[f"* a subset of {name} or not its official images; in no mean."] = True
+        lines[f"* a subset of {rows[0].benchmark} or not its official images; in no mean."] = True
     return "\n".join(lines)
 
 
 def grid(rows: list[Row], show: Callable | None = None) -> list[list[str]]:
     """Lines of cells, as `cell` or `show` writes them: a line for each configuration and a column
     for each task and mean, or the other way round where there are many tasks."""
-    names = sorted({row.configuration for row in rows}, key=natural)
-    tasks = list(dict.fromkeys(row.task for row in rows))
+    names = dict.fromkeys(row.configuration for row in rows)
+    found = dict.fromkeys(row.task for row in rows)
+    order = [*data.groups_of(rows[0].benchmark, found), *found]  # the table's, then the means
+    tasks = sorted(found, key=order.index)
     text = {(row.configuration, row.task): (show or cell)(row) for row in rows}
     corner = f"{rows[0].benchmark}, {rows[0].split} top-1 (%)"
     if show:
@@ -313,8 +315,7 @@ def as_markdown(lines: list[list[str]]) -> str:
     rule = ["-" * width for width in widths]
     text = []
     for line in [lines[0], rule, *lines[1:]]:
-        cells = map(str.ljust, line, widths)
-        text.append(f"| {' | '.join(cells)} |")
+        text.append(f"| {' | '.join(map(str.ljust, line, widths))} |")
     return "\n".join(text)
 
 
@@ -344,7 +345,6 @@ def as_csv(rows: list[Row]) -> str:
 
 def summary(row: Row) -> dict:
     """A row under the names of metrics.json."""
-    top1 = f"{row.split}_top1"
     own = {"dataset": row.task, "method": row.method, "configuration": row.configuration}
     own |= {"chosen": row.chosen, "seeds": row.seeds, "n": row.n, "official": row.official}
-    return own | {top1: row.top1, f"{top1}_std": row.std}
+    return own | {f"{row.split}_top1": row.top1, f"{row.split}_top1_std": row.std}
