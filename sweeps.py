@@ -36,7 +36,7 @@ def read_sweep(results: list[Result], setting: str) -> dict[tuple, dict]:
         key = task, result.split
         panels.setdefault(key, []).append(result)
     sweeps = {}
-    for panel, members in panels.items():
+    for panel, members in sorted(panels.items()):  # not by which ran first
         others = apart(members, setting)
         rivals = [settings_of(result, others) for result in members]
         lines: dict[str, dict] = {}
