@@ -78,8 +78,8 @@ def kitti_distance(label_file: str) -> int:
 # What a task's flags are if left out. vtab-1k and fgvc: the field's common recipe (AdapterPlus) on
 # the MLAE paper's backbone, but no drop-path: theirs, 0.1, costs 10 to 12 points of val200 in 5
 # epochs and 6 in 10, though none in 20 without masks (results/length). The rate is for 100 epochs;
-# in 10 the best was 4e-3 with masks, 4e-3 or 8e-3 without (results/real, results/search). The
-# demo's was chosen on val200 (results/masking).
+# in 10 the best was 4e-3 with masks, 4e-3 or 8e-3 without (results/real). The demo's was chosen on
+# val200 (results/masking).
 COMMON = {"model": "vit_base_patch16_224.orig_in21k", "epochs": 100, "lr": 1e-3, "drop_path": 0.0}
 COMMON |= {"augment": "none"}
 FGVC = COMMON | {"augment": "crop"}

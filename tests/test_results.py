@@ -31,9 +31,11 @@ DIFFERENCE = re.compile(r"[+-]?\d+\.\d\d \[-?\d+\.\d\d, -?\d+\.\d\d\]")
 
 
 def experiments():
-    """The folders below results/ that hold runs, and the finished runs of each."""
+    """The folders below results/ that hold runs, and the finished runs of each; the page compares
+    those of two of them, too."""
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         yield folder, collect(folder)
+    yield RESULTS / "real", collect(RESULTS / "real", RESULTS / "other-rates")
 
 
 def spread(values, digits):
@@ -94,7 +96,8 @@ NOT_SETTINGS = {"dataset", "method", "lr", "seed", "val_top1", "chosen", "choice
 
 
 def searches():
-    """Every choice in results/: (file, task, method, other settings, {rate: [val top-1]}, chosen)."""
+    """Every choice in results/: (file, task, method, other settings, {rate: [val top-1]}, chosen,
+    the folder of one of the runs)."""
     for path in sorted(RESULTS.rglob("search.csv")):
         groups = {}
         with open(path, newline="") as file:
@@ -103,19 +106,19 @@ def searches():
                 assert set(row["choice"].split()) >= {"lr", *settings}, path
                 others = " ".join(f"{name}={row[name]}" for name in settings)
                 key = row["dataset"], row["method"], others
-                scores, chosen = groups.setdefault(key, ({}, set()))
+                scores, chosen, _ = groups.setdefault(key, ({}, set(), row["run"]))
                 scores.setdefault(row["lr"], []).append(float(row["val_top1"]))
                 if row["chosen"] == "1":
                     chosen.add(row["lr"])
-        for (dataset, method, others), (scores, chosen) in groups.items():
-            yield path, dataset, method, others, scores, chosen
+        for (dataset, method, others), (scores, chosen, run) in groups.items():
+            yield path, dataset, method, others, scores, chosen, run
 
 
 @pytest.fixture(scope="module")
 def choices():
     """The lines that suite.py prints about its choices."""
     found = set()
-    for _, dataset, method, others, scores, chosen in searches():
+    for _, dataset, method, others, scores, chosen, _ in searches():
         tried = ", ".join(
             f"lr={lr} {statistics.mean(scores[lr]):.2f}" for lr in sorted(scores, key=float)
         )
@@ -195,13 +198,38 @@ def test_the_page_names_the_versions_of_its_runs():
     assert set(re.findall(r"torch \d[\d.]*\d, timm \d[\d.]*\d", text)) == used
 
 
+def first_look(path, run):
+    """{rate: val top-1} of the runs in a search's folder that differ from one in rate and seed
+    alone; none where the runs of a search are not kept."""
+    config = ROOT / run / "config.json"
+    if not config.exists():
+        return {}
+
+    def settings(identity):
+        return {name: value for name, value in identity.items() if name not in ("lr", "seed")}
+
+    own = settings(json.loads(config.read_text())["identity"])
+    found = {}
+    for result in collect(path.parent):
+        if settings(result.identity) == own:
+            found.setdefault(result.arguments["lr"], []).append(result.top1)
+    return found
+
+
 def test_each_choice_is_the_best_on_val200_of_at_least_four():
+    """Where fewer rates were tried with all seeds, others were with one, and were worse."""
     found = list(searches())
     assert found
-    for path, task, method, others, scores, chosen in found:
-        means = {lr: statistics.mean(values) for lr, values in scores.items()}
-        best = max(sorted(means, key=float), key=means.get)  # of equals the smallest
-        assert chosen == {best} and len(means) >= 4, (path, task, method, others)
+    for path, task, method, others, scores, chosen, run in found:
+        means = {float(lr): statistics.mean(values) for lr, values in scores.items()}
+        best = max(sorted(means), key=means.get)  # of equals the smallest
+        assert set(map(float, chosen)) == {best}, (path, task, method, others)
+        looked = first_look(path, run)
+        assert len(means | looked) >= 4, (path, task, method, others)
+        if looked:
+            assert min(means | looked) < best < max(means | looked)
+            outside = [max(values) for lr, values in looked.items() if lr not in means]
+            assert max(outside, default=0) < means[best], (path, task, method, others)
 
 
 def table_after(text, heading):
@@ -227,7 +255,7 @@ def test_hours_follow_from_the_products_that_were_counted():
             sizes = [task.sizes for task in data.tasks_of(benchmark)]
             train, val, test = (sum(column) for column in zip(*sizes, strict=True))
             step, scoring = per_image[method], per_image["linear"]
-            search = 4 * (100 * train * step + val * scoring)
+            search = 4 * 3 * (100 * train * step + val * scoring)  # rates, seeds
             seed = 100 * (train + val) * step + test * scoring
             want += [search, seed, search + 5 * seed]  # GFLOP
         assert found == [f"{gflop / 1e5 / 3600:.1f}" for gflop in want]
@@ -258,10 +286,9 @@ COLUMNS = {  # of the table on README: (method, p)
 
 
 def at_the_chosen_rate(folder, method, p, task):
-    """The test runs of a method on a task, at the rate that was chosen on val200. Where there is
-    no search.csv, one rate alone was tested."""
+    """The test runs of a method on a task, at the rate that was chosen on val200."""
     rates = []
-    for path, searched, name, others, _, chosen in searches():
+    for path, searched, name, others, _, chosen, _ in searches():
         is_ours = searched == task and name == method and path.parent == folder
         if is_ours and (p is None or others in ("", f"mask_prob={p}")):
             rates += map(float, chosen)
@@ -273,9 +300,6 @@ def at_the_chosen_rate(folder, method, p, task):
         is_ours = is_ours and own["mask_prob"] in (p, None)
         if is_ours and result.split == "test":
             found.append(result)
-    if not (folder / "search.csv").exists():
-        assert len({result.arguments["lr"] for result in found}) <= 1
-        return found
     return [result for result in found if result.arguments["lr"] in rates]
 
 
@@ -288,8 +312,6 @@ def test_the_table_on_readme():
         "digits (the demo)": ("digits", "methods", "masking"),
         "part of CIFAR-100": ("cifar", "real", "real"),
         "part of Caltech101": ("caltech101", "real", "real"),
-        "CIFAR-100, rate by three seeds": ("cifar", "search", "search"),
-        "Caltech101, rate by three seeds": ("caltech101", "search", "search"),
     }
     for row, (task, without, masked) in sources.items():
         for cell, (method, p) in zip(rows[row], COLUMNS.values(), strict=True):
