@@ -139,6 +139,26 @@ def test_every_number_is_a_result(known, choices, page):
     assert not set(re.findall("^chosen on val200, (.*)", text, re.MULTILINE)) - choices
 
 
+def test_losses_and_sizes_are_those_of_the_runs():
+    text = " ".join(PAGE.read_text().split())
+    by_settings, sizes = {}, {}
+    for result in collect(RESULTS / "real"):
+        identity, metrics = result.identity, result.metrics
+        if result.split == "val":
+            key = json.dumps([value for name, value in identity.items() if name != "seed"])
+            by_settings.setdefault(key, []).append(metrics["val_loss"])
+        size = metrics["trainable_parameters"] - metrics["head_parameters"]
+        sizes.setdefault(identity["method"], set()).add(size)
+    losses = {f"{statistics.mean(values):.2f}" for values in by_settings.values()}
+    pairs = re.findall(r"(\d\.\d\d) against (\d\.\d\d)", text)
+    assert len(pairs) == 4 and set(itertools.chain(*pairs)) <= losses
+    (full,), _ = sizes.pop("full"), sizes.pop("linear")
+    assert f"full fine-tuning {full / 1e6:.1f} million" in text
+    adapters = set.union(*sizes.values())
+    span = f"train {min(adapters):,} to {max(adapters):,} parameters"
+    assert span in text and span in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_the_example_with_photos_prints_what_it_printed():
     text = (ROOT / "README.md").read_text()
     (example,) = re.findall(
