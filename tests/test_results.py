@@ -281,6 +281,42 @@ def test_hours_follow_from_the_products_that_were_counted():
         assert found == [f"{gflop / 1e5 / 3600:.1f}" for gflop in want]
 
 
+SPEED = {  # rows of the table in docs/speed.md
+    "floor": "floor",
+    "**MLAE, folded**": "mlae",
+    "MLAE, two branches": "two-branch",
+    "LoRA": "lora",
+    "RM-LoRA": "rmlora",
+    "MoR, 8 experts": "mor",
+    "SNELL": "snell",
+    "SNELLA": "snella",
+    "BitFit (all biases)": "bitfit",
+    "LayerNorm": "layernorm",
+    "linear probe": "linear",
+    "full fine-tuning": "full",
+    "LoRA of PEFT": "peft",
+    "LoRA of loralib": "loralib",
+}
+
+
+def test_the_speed_table_is_what_bench_measured():
+    measured = json.loads((RESULTS / "speed.json").read_text())
+    cells = table_after((ROOT / "docs" / "speed.md").read_text(), "method | qkv")
+    for name, method in SPEED.items():
+        want = []
+        for layers in ("qkv", "all four"):
+            own = measured[layers][method]
+            low, median, high = own["over floor"]
+            want.append(f"{median:.2f} ({low:.2f}-{high:.2f})")
+            want += [f"{own['over peft'][1]:.2f}", f"{own['memory_mb']:.0f}"]
+        assert cells.pop(name) == want
+    assert not cells
+    text = (ROOT / "README.md").read_text()
+    quoted = re.findall(r"(\d\.\d\d) times", text[text.index("## Speed") :])
+    medians = [measured["qkv"][name]["over floor"][1] for name in ("mlae", "lora", "peft")]
+    assert quoted == [f"{median:.2f}" for median in medians]
+
+
 def test_published_rows_are_those_of_the_file():
     with open(RESULTS / "published.csv", newline="") as file:
         known = {row["method"]: row for row in csv.DictReader(file)}
