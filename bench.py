@@ -2,7 +2,6 @@
 
     python bench.py --model vit_tiny_patch16_224 --batch-size 16            # 20 rounds here
     python bench.py --methods mlae mlae+compile mlae+bf16                   # what an option costs
-    python bench.py --sweep rank 1 8 64 --methods floor mlae --plot r.png   # as the work grows
 
 A step is train.py's, on uint8 images that are on the device. Beside train.py's methods: floor (the
 frozen backbone, head and blocks.0.norm1.bias trained: the forward and the gradient of activations
@@ -18,14 +17,11 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +32,10 @@ from tqdm import tqdm
 import data
 import model as models
 import runs
-from backbone import ModelError, create_backbone, input_size, parameter_groups, recompute_blocks
-from baselines import MAIN, METHODS, Method
-from figures import check_picture, draw_sweeps
-from files import RunError, first_line
-from flags import AMP, COUNT, DEVICES, FRACTION, WHOLE, Parser
-from table import as_markdown
-from train import train_step
+from methods import MAIN, METHODS, Method, adapters
+from model import ModelError, create_backbone, first_line, input_size, parameter_groups
+from runs import AMP, COUNT, DEVICES, FRACTION, WHOLE, RunError, new_parser
+from suite import as_markdown
 
 CLASSES = 100
 PEERS = ("peft", "loralib")
@@ -65,9 +58,9 @@ def build(method: str, args: argparse.Namespace) -> nn.Module:
         return models.create(args.model, CLASSES, method=method, **size, **own)
     if method in ("two-branch", f"eval {MAIN}", "eval merged"):
         net = models.create(args.model, CLASSES, method=MAIN, **size, **own)
-        for layer in models.adapters(net).values():
+        for layer in adapters(net).values():
             if method == "two-branch":
-                layer.forward = partial(two_branch, layer)
+                layer.forward = layer.two_branch
         return models.merge(net) if method == "eval merged" else net
     net = create_backbone(args.model, CLASSES, **size)
     models.freeze(net)
@@ -99,12 +92,6 @@ def build(method: str, args: argparse.Namespace) -> nn.Module:
     return net
 
 
-def two_branch(layer: nn.Linear, x: Tensor) -> Tensor:
-    """MLAE as its equation has it: the frozen layer, and the experts beside it."""
-    h = F.linear(x, layer.lora_A) * layer.coefficients()  # (..., r)
-    return F.linear(x, layer.weight, layer.bias) + F.linear(h, layer._full_B())
-
-
 def with_options(method: str, args: argparse.Namespace):
     """The base method, and its own arguments: for mlae+bf16 those with --amp bf16."""
     method, *options = method.split("+")
@@ -120,7 +107,7 @@ def stepper(method: str, args, device, images: Tensor):
     scoring = method.startswith("eval ")
     net = build(method, args).to(device).train(not scoring)
     if args.grad_checkpoint:
-        recompute_blocks(net)
+        models.recompute_blocks(net)
     if args.compile:  # as train.py's torch.compile, but at ease with the counter's hooks
         net.compile(dynamic=True)
     normalize = data.normalizer(*data.NORMALIZE["imagenet"], device)
@@ -137,13 +124,21 @@ def stepper(method: str, args, device, images: Tensor):
         return score
     optimizer = torch.optim.AdamW(parameter_groups(net, 1e-4), lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    options = {"model": net, "normalize": normalize, "scaler": scaler, "amp": amp, "progress": 0.5}
-    options |= {"accumulate": args.accumulate, "label_smoothing": 0.0, "size": args.batch_size}
-    options["method"] = METHODS.get(method, Method(trains=method))  # whose hooks do nothing
+    row = METHODS.get(method, Method(trains=method))  # whose hooks do nothing
 
     def step():
         batch = draw()
-        train_step(net, optimizer, images[batch], batch % CLASSES, **options)
+        x, y = images[batch], batch % CLASSES
+        optimizer.zero_grad()
+        for part, labels in zip(x.chunk(args.accumulate), y.chunk(args.accumulate), strict=True):
+            with runs.autocast(device, amp):
+                logits = net(normalize(part))  # (B / accumulate, classes)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum") / len(x)
+            loss = loss + row.penalty(net) * (len(part) / len(x))
+            scaler.scale(loss).backward()
+        row.before_step(net, 0.5)
+        scaler.step(optimizer)
+        scaler.update()
 
     if args.grad_checkpoint:
         step()
@@ -151,9 +146,8 @@ def stepper(method: str, args, device, images: Tensor):
     return step
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
+def measure(args: argparse.Namespace, device: torch.device, peaks: dict) -> list[dict]:
     """One row a method: median seconds, images/s, ratios to OTHERS (quartiles), GFLOP, MFU."""
-    torch.compiler.reset()  # else the compiled models of an earlier point count towards the limit
     torch._dynamo.config.cache_size_limit = 64  # above it methods, one code for all, run uncompiled
     shape = args.images, 3, args.img_size, args.img_size
     images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
@@ -186,7 +180,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
         for other in OTHERS:
             if other in times and name.startswith("eval") == other.startswith("eval"):
                 row[f"over {other}"] = ratios(seconds, times[other])
-        row["memory_mb"] = args.peaks.get(name)
+        row["memory_mb"] = peaks.get(name)
         row["gflops"] = flops[name] / 1e9
         row["mfu"] = None
         _, own = with_options(name, args)
@@ -246,8 +240,8 @@ def show(rows: list[dict]) -> None:
     print(as_markdown(lines))
 
 
-def bench_parser() -> Parser:
-    parser = Parser(description=__doc__)
+def bench_parser() -> argparse.ArgumentParser:
+    parser = new_parser("bench.py", __doc__)
     flag = parser.add_argument
     flag("--model", default="vit_tiny_patch16_224", help="timm name (default: the ViT-Ti/16)")
     flag("--img-size", type=COUNT, help="side in pixels (default: the model's own)")
@@ -266,8 +260,6 @@ def bench_parser() -> Parser:
     flag("--warmup", type=WHOLE, default=2, help="steps before the rounds (default: 2)")
     flag("--no-memory", action="store_true", help="leave out the memory, a process a method")
     flag("--device", choices=DEVICES, default="auto", help="default: auto")
-    flag("--sweep", nargs="+", action="append", metavar=("FLAG", "VALUE"), help="as in: rank 1 8")
-    flag("--plot", help="draw the sweeps, of which there may be several, into this file")
     return parser
 
 
@@ -284,66 +276,30 @@ def check_methods(methods: list[str]) -> None:
             raise RunError(f"--methods {method!r}: scoring has no backward pass")
 
 
-def sweep_points(args: argparse.Namespace, given: list[str]) -> list[tuple]:
-    """[(flag, [(value, arguments), ...]), ...] of the sweeps asked for; one point if none was."""
-    sweeps = []
-    for name, *values in args.sweep or [["rounds", str(args.rounds)]]:
-        name = name.lstrip("-").replace("_", "-")
-        if not values or name in ("methods", "device", "sweep", "plot"):
-            raise RunError(f"--sweep {name}: expected a flag of a step, and its values")
-        points = []
-        for value in values:
-            point = bench_parser().parse_args([*given, f"--{name}", *value.split(",")])
-            point.methods = args.methods
-            points.append((value, point))
-        sweeps.append((name, points))
-    return sweeps
-
-
-def run(sweeps: list[tuple], device: torch.device) -> None:
-    """Measure every point, in place, and print its table."""
-    for _, points in sweeps:
-        for _, point in points:
-            point.img_size = point.img_size or input_size(point.model)
-            point.steps = point.steps or (10 if device.type == "cuda" else 1)
-            point.peaks = {}
-            for method in point.methods:
-                if not point.no_memory:
-                    point.peaks[method] = memory(method, point)
-    for name, points in sweeps:
-        for i, (value, point) in enumerate(points):
-            if len(points) > 1:
-                print(f"\n--{name} {value}", flush=True)
-            points[i] = value, measure(point, device)
-            show(points[i][1])
-
-
 def main(argv: list[str] | None = None) -> None:
-    given = sys.argv[1:] if argv is None else argv
-    parser = bench_parser()
-    args = parser.parse_args(given)
+    args = bench_parser().parse_args(argv)
     with runs.one_line("bench.py"):
         check_methods(args.methods or [])
-        if args.plot and not args.sweep:
-            raise RunError("--plot draws a --sweep: name a flag and its values")
         absent = [name for name in PEERS if find_spec(name) is None]
         if absent and not args.methods:
             print(f"not installed, so left out: {', '.join(absent)}")
         args.methods = args.methods or [name for name in DEFAULT if name not in absent]
         device = runs.pick_device(args.device)
-        sweeps = sweep_points(args, given)
-        if args.plot:
-            check_picture(Path(args.plot))  # now, not after hours
+        args.img_size = args.img_size or input_size(args.model)
+        args.steps = args.steps or (10 if device.type == "cuda" else 1)
+        peaks = {}
         try:
-            run(sweeps, device)
+            for method in args.methods:
+                if not args.no_memory:
+                    peaks[method] = memory(method, args)
+            rows = measure(args, device, peaks)
         except (ValueError, torch.OutOfMemoryError) as error:
             raise RunError(first_line(error)) from error
+        show(rows)
         machine = runs.provenance(device) | {"amp": runs.resolve_amp(args.amp, device)}
         peers = {name: metadata.version(name) for name in PEERS if name not in absent}
         machine |= {"threads": torch.get_num_threads(), "peers": peers}
-        print(json.dumps({"arguments": vars(args), "machine": machine, "sweeps": sweeps}))
-        if args.plot:
-            draw_sweeps(sweeps, Path(args.plot))
+        print(json.dumps({"arguments": vars(args), "machine": machine, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -2,43 +2,450 @@
 
     train, test = load("dtd", "data", img_size=224)     # the 1000 training images, the test images
     train, val = load("dtd", "data", split="train")     # 800 to train on, 200 to choose with
-    train, test = load("path/to/photos")                # one's own: photos.py
+    train, test = load("path/to/photos")                # one's own: a folder for each class
+    for x, y in train.epoch(order, 64, seed="0 0"): ... # (B, 3, S, S) uint8, (B,)
 
     python data.py --data-dir data                      # the table, what is there, and its proof
 
-A VTAB-1k task comes from its original images (originals.py, splits.py) or from a prepared folder,
-`<root>/vtab-1k/<task>/{train800,val200,train800val200,test}.txt`, one line an image: its path in
-the folder and its label from 0. Images are resized straight to S x S (bicubic) and not augmented.
-An FGVC set is `<root>/fgvc/<set>/{train,val,test}.json` as VPT publishes them, `{"path": class}`:
-random resized crops and flips in training, the centre crop in testing.
+VTAB-1k's images are resized straight to S x S (bicubic) and not augmented; FGVC's and one's own are
+trained on in random crops and flips, and scored by the centre.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import hashlib
+import itertools
+import multiprocessing
 import os
+import re
 import sys
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from flags import data_parser
-
-if __name__ == "__main__":
-    data_parser().parse_args()  # --help and typing errors need not wait for torch
-
 import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
-import photos
-from images import Images, lines
-from photos import FOLDER
-from runs import one_line
-from sources import ROLE_NUMBER, join, read
-from splits import DataError, Missing, tfds_order  # noqa: F401
-from tasks import TASKS, Task
-from views import NORMALIZE, VIEWS, normalizer  # noqa: F401
+import tasks
+from splits import DataError, Missing, few, printable, tfds_order  # noqa: F401
+from tasks import COMMON, ROLE_NUMBER, TASKS, Found, Task, image_format, join, open_image
+
+BICUBIC, FLIP = v2.InterpolationMode.BICUBIC, v2.RandomHorizontalFlip()
+AUGMENT = {  # how training images are varied: a transform to S x S
+    "none": lambda size: v2.Identity(),
+    "flip": lambda size: FLIP,
+    "crop": lambda size: v2.Compose([v2.RandomResizedCrop(size, interpolation=BICUBIC), FLIP]),
+}
+NORMALIZE = {  # channel mean and std
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+FEW_PIXELS = 5e6  # are decoded before a worker process has started
+
+
+class Images(Dataset):
+    """One selection of a task's images, such as its 1000 training images.
+
+    Item i is (image (3, S, S) uint8, label int) in the test view; in training the view is drawn by
+    the epoch's seed and i alone. `source` is "original", "prepared", "lists", "embedded" or
+    "folder"; `official`: whether this is the benchmark's own split, whole, as far as it can be
+    proven (of a folder: whether all of it is read); `digests`: sha256 of the keys, or labels, of
+    each slice; `left_out`: how many images of a folder could not be read.
+    """
+
+    source = description = role = ""
+    official, left_out = False, 0
+    folder: str | None = None  # of one's own images
+    class_names: Sequence[str] | None = None
+
+    def __init__(self, items, labels, img_size: int, *, augment="none", upright=False) -> None:
+        self.items = self.files = items  # `items` become arrays in memory, `files` stay
+        self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
+        self.img_size = img_size
+        self.augment = augment
+        self.transform = AUGMENT[augment](img_size)
+        self.short = round(img_size / 0.875) if augment == "crop" else None  # side before a crop
+        self.upright = upright  # whether EXIF's orientation counts
+        self.digests: dict[str, str] = {}
+        self.prepared: Tensor | None = None  # (N, 3, S, S) uint8 on the device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int, seed: str | None = None) -> tuple[Tensor, int]:
+        image = self._resized(i)
+        if seed is not None:
+            image = with_numbers_of(f"{seed} {i}", self.transform, image)
+        elif self.short:
+            image = TF.center_crop(image, [self.img_size])
+        return TF.pil_to_tensor(image), int(self.labels[i])
+
+    def _resized(self, i: int) -> Image.Image:
+        """Image i in RGB, at S x S, or before a crop with its short side at `short`."""
+        item = self.items[i]
+        try:
+            image = open_image(item)
+            image = (upright(image) if self.upright else image).convert("RGB")
+        except Exception as error:  # whatever a damaged file makes Pillow raise
+            raise DataError(f"cannot read image {tasks.name_of(item)}: {error}") from error
+        size = [self.short] if self.short else [self.img_size, self.img_size]
+        return TF.resize(image, size, BICUBIC)
+
+    def prepare(self, device: torch.device | str = "cpu", workers: int = 4) -> None:
+        """Decode all images once, at S x S onto `device`, or before a crop into the CPU's memory.
+
+        If they would take more than half of the free memory, every epoch reads the files instead.
+        """
+        if self.prepared is not None or self.items is not self.files:
+            return
+        place, need = device, 3 * len(self) * self.img_size**2
+        if self.short:  # most photos are 3 : 2 or squarer
+            place, need = "cpu", 3 * len(self) * int(1.5 * self.short**2)
+        fits = need <= free_memory(place) // 2
+        where = f"on {place}" if fits else "more than half of what is free: read from the files"
+        print(f"{len(self)} images take {need / 2**30:.2f} GiB of memory, {where}")
+        if not fits:
+            return
+        with ThreadPoolExecutor(min(workers, CORES) or 1) as pool:
+            images = pool.map(self._resized, range(len(self)))
+            images = tqdm(images, "decoding", len(self), disable=None)
+            if self.short:
+                self.items = [np.array(image) for image in images]
+                return
+            pixels = torch.empty(len(self), 3, self.img_size, self.img_size, dtype=torch.uint8)
+            for i, image in enumerate(images):
+                pixels[i] = TF.pil_to_tensor(image)
+        self.prepared = pixels.to(device)
+
+    def epoch(self, order: Tensor, batch_size: int, workers: int = 4, seed: str = "0") -> Iterator:
+        """Training batches, (B, 3, S, S) uint8 and labels (B,), in the order (N,) given; augmented
+        images are the same for the same seed and index whatever the workers."""
+        if self.prepared is None:
+            yield from self.batches(batch_size, workers, order.tolist(), seed)
+            return
+        labels = self.labels.to(self.prepared.device)
+        for rows in order.to(self.prepared.device).split(batch_size):
+            batch = self.prepared[rows]  # (B, 3, S, S), a copy
+            if self.augment == "flip":
+                for image, i in zip(batch, rows.tolist(), strict=True):
+                    image.copy_(with_numbers_of(f"{seed} {i}", self.transform, image))
+            yield batch, labels[rows]
+
+    def batches(self, batch_size: int, workers: int = 4, order=None, seed=None) -> Iterator:
+        """The test view in order, (B, 3, S, S) uint8 and labels (B,), decoded by `workers`
+        processes (0: by this one)."""
+
+        def read(rows: Sequence[int]) -> list[Tensor] | DataError:
+            try:
+                return default_collate([self.__getitem__(i, seed) for i in rows])
+            except DataError as error:  # raised in a worker, it would arrive as a traceback
+                return error
+
+        order = range(len(self)) if order is None else order
+        rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        can_fork = "fork" in multiprocessing.get_all_start_methods()
+        is_little = len(order) * self.img_size**2 < FEW_PIXELS
+        workers = min(workers, CORES) if can_fork and not is_little else 0
+        options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+        options["generator"] = torch.Generator()  # else an epoch draws from the run's numbers
+        for batch in DataLoader(rows, batch_size=None, collate_fn=read, **options):
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+    def digest(self, here: bool = False) -> str:
+        """A digest of labels and images, these by value, or by name and length of their files: the
+        same wherever and whenever they are read, and at every image size, unless `here`."""
+        digest = hashlib.sha256(f"{self.img_size} {self.short}".encode() if here else b"")
+        digest.update(self.labels.numpy())
+        folders = [item.parent for item in self.files if isinstance(item, Path)]
+        top = os.path.commonpath(folders) if folders else ""
+        for item in self.files:
+            if isinstance(item, Path):
+                size, time = item.stat().st_size, item.stat().st_mtime_ns
+                line = f"{item} {size} {time}" if here else f"{item.relative_to(top)} {size}"
+                item = os.fsencode(f"{line}\n")
+            digest.update(item if isinstance(item, bytes) else item.tobytes())
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """A digest of size, labels and files with their times of change, for a run's state."""
+        return self.digest(here=True)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A photo as its EXIF orientation says, in 8 bits: Pillow would cut 16 bits off at 255."""
+    image = ImageOps.exif_transpose(image)
+    is_deep = image.mode.startswith("I")
+    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if is_deep else image
+
+
+def with_numbers_of(key: str, transform: Callable, image):
+    """transform(image) with the random numbers that belong to the key; torch's own stay untouched."""
+    with torch.random.fork_rng(devices=[]):
+        # the CPU's generator alone: torch.manual_seed() would reseed the GPU's too
+        torch.default_generator.manual_seed(zlib.crc32(key.encode()))
+        return transform(image)
+
+
+def normalizer(mean: tuple, std: tuple, device: torch.device | str) -> Callable[[Tensor], Tensor]:
+    """A function from (B, 3, S, S) uint8 to new float32 images (x / 255 - mean) / std."""
+    mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
+    std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
+    # to the device as bytes, a quarter of the way
+    return lambda images: (images.to(device).float() - mean) / std
+
+
+def mean_and_std(args: argparse.Namespace, model: nn.Module) -> tuple[tuple, tuple]:
+    """Of the inputs, a value per channel, as the run asks for."""
+    if args.normalize == "model":
+        return model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    return NORMALIZE[args.normalize]
+
+
+def create_normalizer(args: argparse.Namespace, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """(B, 3, S, S) uint8 -> float32 on the model's device, by the run's mean and std."""
+    return normalizer(*mean_and_std(args, model), next(model.parameters()).device)
+
+
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that a device has to spare; of a CPU that does not tell (not Linux), 8 GiB."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    free = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text() if meminfo.exists() else "")
+    return (int(free[1]) << 10 if free else 8 << 30) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+# --- folders of one's own images ------------------------------------------------------------------
+#     photos/train/<class>/*  photos/test/<class>/*   # with val/ too: what --val scores
+#     photos/train/<class>/*  photos/val/<class>/*    # val/ is the test then
+#     photos/<class>/*                                # a share of each class is drawn for the test
+# A class is a folder's name; its images lie at any depth below it. Hidden files are ignored, other
+# files are left alone, and nothing is ever written into the folder.
+
+OWN = "own"  # the benchmark of folders
+FOLDER = "folder"  # in a run's identity: the digest of its folder
+FOLDER_FLAGS = ("test_share", "val_share", "split_seed", "skip_bad_images")
+# The common recipe, but 30 epochs: masked experts on a frozen backbone need few, and a folder can
+# have 200 times VTAB-1k's images. Crops: photos of one's own are of any shape.
+FOLDER_RECIPE = COMMON | {"epochs": 30, "augment": "crop"}
+ENDINGS = ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm".split()
+SPLITS = ("train", "val", "test")
+LIKE_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+Part = list[tuple[Path, int]]  # of a split: its images, each with the number of its class
+
+
+@dataclass(frozen=True)
+class FolderSplit:
+    """How a folder is split that does not say: the share of each class's images for the test, that
+    of its training images for --val, the seed of both; and whether bad images are left out."""
+
+    test_share: float = 0.2
+    val_share: float = 0.2
+    seed: int = 0
+    skip_bad: bool = False
+
+
+def entries(folder: Path, folders: bool) -> list[Path]:
+    """What is in a folder, in order, without what is hidden: its folders, or all else."""
+    try:
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder}: {error.strerror}") from error
+    paths = [folder / name for name in names if not name.startswith(".")]
+    return [path for path in paths if os.path.isdir(path) == folders]
+
+
+def files_below(folder: Path, above: frozenset[Path] = frozenset()) -> list[Path]:
+    """All files below a folder, in order; a link back to a folder above is not followed."""
+    above |= {folder.resolve()}  # torchvision's make_dataset would go round and round
+    files = entries(folder, folders=False)
+    for inner in entries(folder, folders=True):
+        if inner.resolve() not in above:
+            files += files_below(inner, above)
+    return files
+
+
+def is_image(path: Path) -> bool:
+    """By its name: what it holds is seen later."""
+    return path.suffix.lower() in ENDINGS
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """The folders "train", "val" and "test"; of "train" alone, the folder itself, if it has no
+    split. A folder train/ without folders in it is a class of that name."""
+    inner = {path.name: path for path in entries(folder, folders=True)}
+    like = {name for name in inner if name.lower() in LIKE_SPLITS and entries(inner[name], True)}
+    if like and ("train" not in like or like - set(SPLITS)):
+        what = f"{folder} has {few(sorted(like))}"
+        raise DataError(f"{what}: call the parts of a split train, val and test")
+    return {part: inner[part] for part in SPLITS if part in inner} if like else {"train": folder}
+
+
+def find_parts(folder: Path) -> tuple[dict[str, Part], list[Path]]:
+    """The images of each part of the split that the folder has, and the other files."""
+    folders, parts, others = split_folders(folder), {}, []
+    classes = [path.name for path in entries(folders["train"], folders=True)]
+    above = frozenset(path.resolve() for path in folders.values())
+    for name, place in folders.items():
+        parts[name] = []
+        others += entries(place, folders=False)
+        for path in entries(place, folders=True):
+            if path.name not in classes:
+                raise DataError(f"{path}: the class is not in {folders['train']}")
+            label = classes.index(path.name)
+            files = files_below(path, above)
+            parts[name] += [(file, label) for file in files if is_image(file)]
+            others += [file for file in files if not is_image(file)]
+    return parts, others
+
+
+def digest_of(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def draw(part: Part, folder: Path, share: float, seed: int) -> tuple[Part, Part]:
+    """(kept, drawn): a share of each class is drawn, at least one image, but never its last. The
+    seed orders files by a digest of their names: new images move few others."""
+    drawn = set()
+    for _, images in itertools.groupby(part, key=lambda image: image[1]):
+        names = {image: image[0].relative_to(folder).as_posix() for image in images}
+        order = sorted(names, key=lambda image: digest_of(os.fsencode(f"{seed} {names[image]}")))
+        drawn.update(order[: min(max(1, round(share * len(order))), len(order) - 1)])
+    kept = [image for image in part if image not in drawn]
+    return kept, [image for image in part if image in drawn]
+
+
+def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> Found:
+    """As every reader of tasks.py: the images of the roles, the last of which is to be scored.
+
+    Raises DataError for unreadable images, and for a class or a role without any."""
+    if source != "auto":
+        raise DataError(f"--source {source} is for VTAB-1k, {task.folder} is a folder of images")
+    folder, scored = Path(task.folder), roles[-1]
+    found = Found("folder", "own images")
+    parts, others = find_parts(folder)
+    if others:  # one may miss them
+        names = printable(few([path.relative_to(folder).as_posix() for path in others]))
+        print(f"note: {len(others)} files are not read as images: {names}", file=sys.stderr)
+    if "test" not in parts and split_folders(folder)["train"] != folder:
+        parts["test"] = parts.pop("val", [])
+    for role, share in (("test", how.test_share), ("val", how.val_share)):
+        if role in parts or role not in (scored, "test"):
+            continue
+        parts["train"], parts[role] = draw(parts["train"], folder, share, how.seed)
+        found.notes.append(f"{role}: {share:g} of each class, split seed {how.seed}")
+        single = {label for _, label in parts["train"]} - {label for _, label in parts[role]}
+        if single:
+            names = few([task.class_names[label] for label in sorted(single)])
+            print(f"note: a single image, which is trained on: class {names}", file=sys.stderr)
+    parts = {role: parts.get(role, []) for role in roles}
+    bad = unreadable([path for path, _ in sum(parts.values(), [])])
+    if bad:
+        names = few([path.relative_to(folder).as_posix() for path in bad])
+        reason = next(iter(bad.values()))
+        what = f"{len(bad)} files of {folder} are no readable images: {names} ({reason})"
+        if not how.skip_bad:
+            raise DataError(f"{what}; mend or remove them, or leave them out: --skip-bad-images")
+        print(f"left out: {printable(what)}", file=sys.stderr)
+        found.notes.append(f"{len(bad)} unreadable images left out")
+        found.left_out, found.agrees = len(bad), False
+    for role, part in parts.items():
+        part = [(path, label) for path, label in part if path not in bad]
+        found.images[role] = [path for path, _ in part]
+        found.labels[role] = np.array([label for _, label in part], np.int64)
+        found.formats |= {image_format(path, str(folder)) for path in found.images[role]}
+    trained = set(found.labels["train"].tolist())
+    empty = [name for label, name in enumerate(task.class_names) if label not in trained]
+    if empty or not found.images[scored]:
+        what = f"training images of class {few(empty)}" if empty else f"readable {scored} images"
+        raise DataError(f"{folder} has no {what}: add some, or put all images into <class>/*")
+    training = join([found.images[role] for role in roles[:-1]])
+    known = {digest_of(path.read_bytes()) for path in training}
+    twice = sum(digest_of(path.read_bytes()) in known for path in found.images[scored])
+    if twice:
+        found.notes.append(f"{twice} {scored} images are training images too")
+        print(f"warning: {found.notes[-1]}, the same bytes in two files", file=sys.stderr)
+    return found
+
+
+def unreadable(files: Sequence[Path]) -> dict[Path, str]:
+    """The files that do not decode, and why. Each is decoded once, JPEGs at an eighth."""
+
+    def defect(path: Path) -> str:
+        try:
+            with open_image(path) as image:
+                image.draft("RGB", (64, 64))
+                image.load()
+                ImageOps.exif_transpose(image)
+        except Exception as error:  # whatever a damaged file makes Pillow raise
+            return type(error).__name__
+        return ""
+
+    with ThreadPoolExecutor(CORES) as pool:
+        reasons = tqdm(pool.map(defect, files), "checking images", len(files), disable=None)
+        return {path: why for path, why in zip(files, reasons, strict=True) if why}
+
+
+def folder_task(name: str, how: FolderSplit) -> Task:
+    """The row of a folder; DataError if it is none, or has not two classes to tell apart."""
+    folder = Path(os.path.abspath(name))
+    if not folder.is_dir():
+        raise DataError(f"--dataset {name} is not there, or no folder with a folder for each class")
+    places = entries(split_folders(folder)["train"], folders=True)
+    classes = tuple(printable(path.name) for path in places)
+    if len(classes) < 2:
+        need = "it needs <class>/* or train/<class>/*, two or more"
+        raise DataError(f"{folder} has {len(classes)} folders for a class: {need}")
+    row = printable(folder.name), OWN, OWN, len(classes), None, str(folder), (), ""
+    reader, own = partial(read_folder, how=how), {"class_names": classes, "folder": str(folder)}
+    return Task(*row, reader, FOLDER_RECIPE, None, upright=True, **own)
+
+
+def identify(own: dict, dataset: str, out: str | os.PathLike) -> dict:
+    """A run's identity with its folder's name, and a digest of its files' names and sizes, so that
+    it may lie anywhere; of a task in the table without the flags that are for folders."""
+    if not os.path.isabs(dataset):
+        unread = own.keys() & set(FOLDER_FLAGS)
+        for name in sorted(unread):
+            flag = "--" + name.replace("_", "-")
+            print(f"note: {flag} is for folders of images; it is ignored", file=sys.stderr)
+        return {name: value for name, value in own.items() if name not in unread}
+    folder, digest = Path(dataset), hashlib.sha256()
+    if Path(out).resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"--out {out} lies among the images of {folder}: name another folder")
+    for name, part in find_parts(folder)[0].items():
+        for path, _ in part:
+            size = path.stat().st_size if path.exists() else 0
+            where = path.relative_to(folder).as_posix()
+            digest.update(os.fsencode(f"{name} {where} {size}\n"))
+    return own | {"dataset": printable(folder.name), FOLDER: digest.hexdigest()}
+
+
+def list_rows(images: Images) -> list[tuple[str, str]]:
+    """(path in its folder, class) of each image of a folder of one's own."""
+    paths = [path.relative_to(images.folder).as_posix() for path in images.files]
+    return [(path, images.class_names[i]) for path, i in zip(paths, images.labels, strict=True)]
+
+
+# --- tasks ----------------------------------------------------------------------------------------
 
 SUITES = {"vtab": "vtab-1k", "fgvc": "fgvc"}  # all tasks of a benchmark
-BENCHMARKS = [*dict.fromkeys(task.benchmark for task in TASKS.values()), photos.BENCHMARK]
+BENCHMARKS = [*dict.fromkeys(task.benchmark for task in TASKS.values()), OWN]
 SOURCES = ("auto", "original", "prepared")
 
 
@@ -47,38 +454,31 @@ def tasks_of(benchmark: str | None) -> list[Task]:
     return [task for task in TASKS.values() if task.benchmark == benchmark]
 
 
-def find_task(name: str, cut: photos.Cut = photos.DEFAULT) -> Task:
+def find_task(name: str, folder_split: FolderSplit = FolderSplit()) -> Task:
     """The table's row for a task name or alias; for a folder of images, a row of its own.
 
-    A task's exact name comes before a folder of that name: write ./digits for the folder. Raises
-    DataError for another name, with the nearest one, and for a suite's, with what to do.
-    """
+    A task's exact name comes before a folder of that name: write ./digits for the folder."""
     names = {}
     for task in TASKS.values():
-        for alias in (task.name, *task.aliases):
-            names[alias] = task
+        names |= dict.fromkeys((task.name, *task.aliases), task)
     if name not in names and (os.sep in name or os.path.exists(name)):
-        return photos.task_of(name, cut)
+        return folder_task(name, folder_split)
     key = name.lower().replace("-", "_")
     if key in names:
         return names[key]
-    suite = {"vtab_1k": "vtab", "vtab1k": "vtab"}.get(key, key)
-    if suite in SUITES:
-        count = len(tasks_of(SUITES[suite]))
-        raise DataError(f"{name} is a suite of {count} tasks: python suite.py --dataset {suite}")
+    if key in SUITES:
+        raise DataError(f"{name} is a suite of tasks: python suite.py --dataset {key}")
     near = difflib.get_close_matches(key, [*names, *SUITES], n=1, cutoff=0.5)
-    hint = f"there is no such folder, and the tasks are {', '.join([*SUITES, *TASKS])}"
     if near:
-        right = near[0] if near[0] in SUITES else names[near[0]].name
-        hint = f"did you mean {right!r}?"
-    raise DataError(f"unknown dataset {name!r}: {hint}")
+        raise DataError(f"unknown dataset {name!r}: did you mean {near[0]!r}?")
+    known = ", ".join([*SUITES, *TASKS])
+    raise DataError(f"unknown dataset {name!r}: there is no such folder, and the tasks are {known}")
 
 
 def place_in_table(name: str, identity: dict) -> tuple[str, str]:
     """(benchmark, task) of a finished run; folders of one name differ by their digests."""
-    if FOLDER in identity:
-        return photos.BENCHMARK, f"{name} {identity[FOLDER][:6]}"
-    return TASKS[name].benchmark, name
+    is_own = FOLDER in identity
+    return (OWN, f"{name} {identity[FOLDER][:6]}") if is_own else (TASKS[name].benchmark, name)
 
 
 def groups_of(benchmark: str, found: Iterable[str]) -> dict[str, str]:
@@ -96,32 +496,37 @@ def load(
     source: str = "auto",
     download: bool = True,
     augment: str | None = None,
-    cut: photos.Cut = photos.DEFAULT,
+    folder_split: FolderSplit = FolderSplit(),
 ) -> tuple[Images, Images]:
     """(train, test) of a task: "trainval" gives train + val and test, "train" gives train and val.
 
-    Images are img_size x img_size RGB. `source` is for VTAB-1k: "original" (downloaded if need be
-    and `download`), "prepared", or "auto", the originals unless they cannot be had. `augment` is a
-    key of VIEWS (default: as the task is usually trained on); `cut` is for one's own images. Raises
-    DataError, naming the file and the remedy, for an unknown task, data that are not there, and
-    data that are damaged or have wrong counts or keys. A prepared test list that is too short, or
-    a list with other labels, is read, but not `official`.
-    """
-    task, root = find_task(name, cut), Path(root)
+    `source` is for VTAB-1k: "original" (downloaded if need be and `download`), "prepared", or
+    "auto", the originals unless they cannot be had. `augment` is a key of AUGMENT (default: as is
+    usual for the task). Raises DataError, naming the file and the remedy, for what is unknown, not
+    there or damaged. A prepared test list that is too short, or has other labels, is read, but not
+    `official`."""
+    task, root = find_task(name, folder_split), Path(root)
     if split not in ("trainval", "train") or source not in SOURCES:
         raise ValueError(f"split must not be {split!r}, or source not {source!r}")
     selections = {"train": ["train"], "val": ["val"]}
     if split == "trainval":
         selections = {"train": ["train", "val"], "test": ["test"]}
-    found = read(task, root, sum(selections.values(), []), source, download)
-    official, counts, paths = found.agrees, [], []
-    for use, roles in selections.items():
-        count = sum(len(found.labels[role]) for role in roles)
-        size = sum(task.sizes[ROLE_NUMBER[role]] for role in roles) if task.sizes else count
+    found = tasks.read(task, root, sum(selections.values(), []), source, download)
+    official, both, counts, paths = found.agrees, [], [], []
+    for role, parts in selections.items():
+        items = join([found.images[part] for part in parts])
+        labels = np.concatenate([found.labels[part] for part in parts])
+        view = augment or task.recipe["augment"]
+        images = Images(items, labels, img_size, augment=view, upright=task.upright)
+        images.role, images.source = role, found.source
+        images.class_names, images.folder = task.class_names, task.folder
+        images.left_out, images.digests = found.left_out, found.digests
+        both.append(images)
+        paths += [item for item in items if isinstance(item, Path)]
+        count = len(images)
+        size = sum(task.sizes[ROLE_NUMBER[part]] for part in parts) if task.sizes else count
         official = official and count == size
-        counts.append(f"{count} of {size} {use} (subset)" if count < size else f"{count} {use}")
-        for role in roles:
-            paths += [image for image in found.images[role] if isinstance(image, Path)]
+        counts.append(f"{count} of {size} {role} (subset)" if count < size else f"{count} {role}")
     proof = f" ({'; '.join(found.notes)})" if found.notes else ""
     formats = f", {'+'.join(sorted(found.formats))} images" if found.formats else ""
     notes = [f"{found.title}{proof}{formats}, {' / '.join(counts)}"]
@@ -131,45 +536,37 @@ def load(
     declared = root / task.benchmark / task.name / "SUBSET"
     is_declared = found.source == "prepared" and declared.exists()
     if is_declared:
-        notes.append(f"SUBSET: {' '.join(line for _, line in lines(declared))}")
-    both = []
-    for use, roles in selections.items():
-        images = join([found.images[role] for role in roles])
-        labels = np.concatenate([found.labels[role] for role in roles])
-        view = augment or task.recipe["augment"]
-        both.append(Images(images, labels, img_size, augment=view, upright=task.upright))
-        both[-1].role = use
-        both[-1].class_names = task.class_names
-        both[-1].folder = task.folder
-        both[-1].left_out = found.left_out
-        both[-1].source = found.source
-        both[-1].official = official and not repeated and not is_declared
-        both[-1].digests = found.digests
-        both[-1].description = "; ".join(notes)
-    if task.benchmark in SUITES.values():
-        cache = f"{task.name}-{found.source}-{split}-{img_size}.safetensors"
-        both[0].cache = root / "cache" / cache
+        notes.append(f"SUBSET: {' '.join(line for _, line in tasks.lines(declared))}")
+    for images in both:
+        images.official = official and not repeated and not is_declared
+        images.description = "; ".join(notes)
     return tuple(both)
 
 
-def report(task: Task, root: Path) -> bool:
+def load_data(args: argparse.Namespace, download: bool = True) -> tuple[Images, Images]:
+    """The images that a run with these arguments trains on, and those that it is scored on."""
+    options = {"source": args.source, "download": download, "augment": args.augment}
+    options["split"] = "train" if args.val else "trainval"
+    how = FolderSplit(args.test_share, args.val_share, args.split_seed, args.skip_bad_images)
+    return load(args.dataset, args.data_dir, img_size=args.img_size, folder_split=how, **options)
+
+
+def print_task(task: Task, root: Path) -> bool:
     """Print a task's row, what of it is in <root>, and its proof; False if something is damaged."""
     train, val, test = task.sizes or "---"
     print(f"{task.name:21}{task.classes:4}{train:7}{val:6}{test:7}  {task.verified}")
     missing, is_whole = [], True
     for source in task.sources:
         try:
-            _, images = load(task.argument, root, source=source, download=False)
+            _, images = load(task.folder or task.name, root, source=source, download=False)
+            print(f"    {'official' if images.official else 'NOT OFFICIAL'}: {images.description}")
+            for name, digest in images.digests.items():
+                print(f"        {name:16} sha256 {digest}")
         except Missing as error:
             missing.append(error)
-            continue
         except DataError as error:
             print(f"    DAMAGED: {error}")
             is_whole = False
-            continue
-        print(f"    {'official' if images.official else 'NOT OFFICIAL'}: {images.description}")
-        for name, digest in images.digests.items():
-            print(f"        {name:16} sha256 {digest}")
     if len(missing) == len(task.sources):
         print(f"    not there: {missing[0]}")
     return is_whole
@@ -177,18 +574,26 @@ def report(task: Task, root: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table; exit code 1 if something is damaged, 2 for wrong arguments."""
-    parser = data_parser()
+    parser = argparse.ArgumentParser(
+        prog="data.py",
+        usage=argparse.SUPPRESS,  # an error is one line then
+        description="Print the table of tasks, what of it is there, and its proof.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--data-dir", help="the folder of all data sets (default: data)")
+    words = "tasks, vtab, fgvc (default: both)"
+    parser.add_argument("--dataset", nargs="+", default=["vtab", "fgvc"], help=words)
     args = parser.parse_args(argv)
-    with one_line("data.py"):
-        is_given = args.data_dir != parser.get_default("data_dir")
-        if is_given and not Path(args.data_dir).is_dir():
-            raise DataError(f"--data-dir: there is no folder {args.data_dir}")
-        tasks = []
+    root, rows = Path(args.data_dir or "data"), []
+    try:
+        if args.data_dir and not root.is_dir():
+            raise DataError(f"--data-dir: there is no folder {root}")
         for name in args.dataset:
-            tasks += tasks_of(SUITES.get(name)) or [find_task(name)]
-        print(f"{'task':18}classes  train   val   test  what agrees with our official split")
-        are_whole = [report(task, Path(args.data_dir)) for task in tasks]
-    sys.exit(0 if all(are_whole) else 1)
+            rows += tasks_of(SUITES.get(name)) or [find_task(name)]
+    except DataError as error:
+        parser.error(printable(str(error)))
+    print(f"{'task':18}classes  train   val   test  what agrees with our official split")
+    sys.exit(0 if all([print_task(task, root) for task in rows]) else 1)
 
 
 if __name__ == "__main__":

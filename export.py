@@ -26,10 +26,19 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from backbone import NANO, architecture, create_backbone, heads
-from baselines import METHODS, adapters
-from files import ModelError, RunError, check_new, few, first_line, new, write_json
+from methods import METHODS, adapters
 from mlae import MLAELinear
+from model import (
+    NANO,
+    ModelError,
+    architecture,
+    create_backbone,
+    few,
+    first_line,
+    heads,
+    merge,
+)
+from runs import RunError, check_new, new_file, write_json
 
 AGREE = 1e-4  # largest difference of a logit, over the largest logit if that is above 1
 PREPARATION = "preprocessing.json"  # in PEFT's folder; else the file's name with .json
@@ -37,7 +46,7 @@ PREPARATION = "preprocessing.json"  # in PEFT's folder; else the file's name wit
 
 @dataclass(frozen=True)
 class Base:
-    """The plain timm model that a run started from: arguments of `backbone.create_backbone`."""
+    """The plain timm model that a run started from: arguments of `model.create_backbone`."""
 
     name: str
     classes: int
@@ -70,7 +79,7 @@ class Base:
             return f"base = timm.create_model({_arguments(name, pretrained=True, **keywords)})"
         options = {"pretrained": self.pretrained, "checkpoint": self.checkpoint}
         words = _arguments(self.name, self.classes, **options, img_size=self.img_size)
-        return f"base = backbone.create_backbone({words})  # of this repository"
+        return f"base = model.create_backbone({words})  # of this repository"
 
 
 def _arguments(*values, **keywords) -> str:
@@ -200,7 +209,6 @@ def export(
     kind: str,
     path: Path,
     model: nn.Module,
-    merge: Callable[[nn.Module], nn.Module],
     base: Base,
     x: Tensor,
     about: dict,
@@ -209,7 +217,6 @@ def export(
 
     Args:
         kind: a key of FORMATS.
-        merge: `model.merge`.
         base: what the model started from.
         x: normalised images (B, 3, S, S) to compare logits on, all together and the first alone.
         about: JSON values, as of `preparation`, written beside.
@@ -227,7 +234,7 @@ def export(
     with torch.no_grad():
         logits = model(x)
     about = about | {"python": row.line(path, base).splitlines()}
-    with new(path, flag) as draft:
+    with new_file(path, flag) as draft:
         try:
             with quiet():
                 row.write(written, draft, x)
@@ -302,7 +309,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike) -> None:
             ranks[name] = layer.rank
             factor = (layer.lora_lambda * layer.expert_mask)[:, None]  # (rank, 1)
             state[f"{name}.lora_A.weight"] = layer.lora_A * factor  # (rank, in)
-            state[f"{name}.lora_B.weight"] = layer._full_B()  # (out, rank)
+            state[f"{name}.lora_B.weight"] = layer.full_B()  # (out, rank)
     if not ranks:
         raise ModelError("PEFT's LoRA needs an adapted layer: this model has none")
     head = heads(model)

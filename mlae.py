@@ -45,9 +45,144 @@ PATTERNS = {  # how masking is spread over the layers, by their position from 0 
 }
 
 
-def _keep_calls(layer: nn.Module, args: tuple) -> None:
-    """A hook that does nothing. torch's nn.TransformerEncoderLayer has a fast path that reads the
-    weights of its layers instead of calling them; it is not taken where there is a hook."""
+class MLAELinear(nn.Linear):
+    """A frozen linear layer with `rank` masked rank-1 experts (the equation is above).
+
+    (..., in_features) -> (..., out_features). `weight` and `bias` are frozen; `lora_A` (rank, in),
+    `lora_B` (out, rank) and `lora_lambda` (rank,) train.
+
+    Args:
+        rank: number of experts r.
+        mask_prob: probability p in [0, 1) that an expert is masked at a training step.
+        coef_init: the start of every lambda that is not masked for good.
+        expert_mask: fixed mask (rank,) of 0 and 1, a tensor or a list, in force in every mode;
+            None keeps all. Masked experts start, and so stay, at zero: neither gradient nor weight
+            decay moves them.
+        rows: the output rows that the experts act on, None for all; `lora_B` is then
+            (len(rows), rank). For q, k or v alone in a fused qkv layer.
+
+    Raises ValueError for a rank below 1, a mask_prob outside [0, 1), a bad mask or bad rows.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int = 8,
+        mask_prob: float = 0.5,
+        coef_init: float = 1.0,
+        expert_mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        device=None,
+        dtype=None,
+        _frozen: nn.Linear | None = None,
+    ) -> None:
+        check_rank(rank)
+        if _frozen is not None:
+            device = "meta"  # no memory for a weight that is replaced at once
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        if _frozen is not None:
+            self.weight, self.bias = _frozen.weight, _frozen.bias
+        self.rank = rank
+        self.mask_prob = mask_prob
+        like = {"device": self.weight.device, "dtype": dtype or self.weight.dtype}
+
+        mask = [1.0] * rank if expert_mask is None else expert_mask
+        mask = torch.as_tensor(mask, dtype=torch.float32, device="cpu")
+        if mask.shape != (rank,) or not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"expert_mask must hold {rank} values of 0 or 1, not {expert_mask!r}")
+        self.register_buffer("expert_mask", mask.to(**like))
+        self.register_buffer("rows", as_rows(rows, self.weight))
+
+        self.register_forward_pre_hook(keep_calls)
+        self.requires_grad_(False)  # all that is there so far
+        adapted = out_features if rows is None else len(rows)
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(adapted, rank, **like))
+        self.lora_lambda = nn.Parameter(torch.full((rank,), float(coef_init), **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        with torch.no_grad():
+            self.lora_A *= self.expert_mask[:, None]
+            self.lora_lambda *= self.expert_mask
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **kwargs) -> MLAELinear:
+        """Adapt `linear`: its weight and bias are shared, not copied, and frozen.
+
+        kwargs as for the class. The experts of a float16 or bfloat16 layer are float32 unless
+        `dtype` says otherwise: AdamW's steps are too small for half precision.
+        Raises ValueError if the layer has experts already, or is the out_proj of torch's
+        nn.MultiheadAttention, which reads the weight and never calls the layer.
+        """
+        check_adaptable(linear)
+        kwargs.setdefault("dtype", torch.promote_types(linear.weight.dtype, torch.float32))
+        sizes = linear.in_features, linear.out_features, linear.bias is not None
+        return cls(*sizes, _frozen=linear, **kwargs).train(linear.training)
+
+    @property
+    def mask_prob(self) -> float:
+        """Masking probability p; ValueError if it is set outside [0, 1). See `set_mask_prob`."""
+        return self._mask_prob
+
+    @mask_prob.setter
+    def mask_prob(self, p: float) -> None:
+        check_mask_prob(p)
+        self._mask_prob = float(p)
+
+    def coefficients(self) -> Tensor:
+        """c_i = m_i lambda_i (rank,): a new random mask at every call in training mode."""
+        mask = self.expert_mask
+        if self.training:
+            keep = torch.rand(self.rank, device=mask.device) >= self._mask_prob
+            mask = mask * keep / (1 - self._mask_prob)
+        return self.lora_lambda * mask
+
+    def full_B(self) -> Tensor:
+        """B with a row for every output (out, rank): zeros outside `rows`."""
+        if self.rows is None:
+            return self.lora_B
+        zeros = self.lora_B.new_zeros(self.out_features, self.rank)
+        return zeros.index_copy(0, self.rows, self.lora_B)  # (out, rank)
+
+    def two_branch(self, x: Tensor) -> Tensor:
+        """The definition, y = x W^T + b + ((x A^T) c) B^T; `forward` is the same, but faster."""
+        A, B, c = self.lora_A, self.full_B(), self.coefficients()
+        return F.linear(x, self.weight, self.bias) + ((x @ A.T) * c) @ B.T  # (..., out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype, device = self.weight.dtype, x.device.type
+        autocast = not x.is_meta and torch.is_autocast_enabled(device)
+        if autocast and torch.float64 not in (dtype, x.dtype):
+            dtype = torch.get_autocast_dtype(device)
+        elif x.dtype != dtype:
+            raise RuntimeError(f"input is {x.dtype} but the layer's weight is {dtype}")
+        A, B, c = self.lora_A, self.full_B(), self.coefficients()
+        return _FoldedLinear.apply(x, self.weight, self.bias, A, B, c, dtype)
+
+    def _fold_onto(self, weight: Tensor) -> Tensor:
+        c = self.lora_lambda * self.expert_mask
+        return _fold(weight, self.lora_A, self.full_B(), c)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """B diag(lambda) A (out, in) as eval mode adds it to `weight`, in float32 or wider."""
+        return self._fold_onto(torch.zeros_like(self.weight))
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A plain nn.Linear that computes what this layer, left as it is, computes in eval mode."""
+        has_bias = self.bias is not None
+        linear = nn.Linear(self.in_features, self.out_features, has_bias, device="meta")
+        merged = self._fold_onto(self.weight).to(self.weight.dtype)
+        linear.weight = nn.Parameter(merged.contiguous())
+        if has_bias:
+            linear.bias = nn.Parameter(self.bias.clone())
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, mask_prob={self.mask_prob:g}"
 
 
 def _fold(weight: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
@@ -94,149 +229,37 @@ class _FoldedLinear(torch.autograd.Function):
         return dx, dweight, dbias, dA, dB, dc, None
 
 
-class MLAELinear(nn.Linear):
-    """A frozen linear layer with `rank` masked rank-1 experts (the equation is above).
+def keep_calls(layer: nn.Module, args: tuple) -> None:
+    """A hook that does nothing. torch's nn.TransformerEncoderLayer has a fast path that reads the
+    weights of its layers instead of calling them; it is not taken where there is a hook."""
 
-    (..., in_features) -> (..., out_features). `weight` and `bias` are frozen; `lora_A` (rank, in),
-    `lora_B` (out, rank) and `lora_lambda` (rank,) train.
 
-    Args:
-        rank: number of experts r.
-        mask_prob: probability p in [0, 1) that an expert is masked at a training step.
-        coef_init: the start of every lambda that is not masked for good.
-        expert_mask: fixed mask (rank,) of 0 and 1, a tensor or a list, in force in every mode;
-            None keeps all. Masked experts start, and so stay, at zero: neither gradient nor weight
-            decay moves them.
-        rows: the output rows that the experts act on, None for all; `lora_B` is then
-            (len(rows), rank). For q, k or v alone in a fused qkv layer.
+def check_rank(rank: int) -> None:
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be an integer of at least 1, not {rank!r}")
 
-    Raises ValueError for a rank below 1, a mask_prob outside [0, 1), a bad mask or bad rows.
-    """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rank: int = 8,
-        mask_prob: float = 0.5,
-        coef_init: float = 1.0,
-        expert_mask: Tensor | None = None,
-        rows: Tensor | None = None,
-        device=None,
-        dtype=None,
-        _frozen: nn.Linear | None = None,
-    ) -> None:
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank must be an integer of at least 1, not {rank!r}")
-        if _frozen is not None:
-            device = "meta"  # no memory for a weight that is replaced at once
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        if _frozen is not None:
-            self.weight, self.bias = _frozen.weight, _frozen.bias
-        self.rank = rank
-        self.mask_prob = mask_prob
-        like = {"device": self.weight.device, "dtype": dtype or self.weight.dtype}
+def check_mask_prob(p: float) -> None:
+    if not 0 <= p < 1:
+        raise ValueError(f"mask_prob must be in [0, 1), not {p}")
 
-        mask = [1.0] * rank if expert_mask is None else expert_mask
-        mask = torch.as_tensor(mask, dtype=torch.float32, device="cpu")
-        if mask.shape != (rank,) or not ((mask == 0) | (mask == 1)).all():
-            raise ValueError(f"expert_mask must hold {rank} values of 0 or 1, not {expert_mask!r}")
-        self.register_buffer("expert_mask", mask.to(**like))
-        if rows is not None:
-            rows = torch.as_tensor(rows, dtype=torch.long, device="cpu")
-            unique = len(rows.unique())
-            if not 0 < len(rows) == unique or rows.min() < 0 or rows.max() >= out_features:
-                raise ValueError(f"rows must be different row numbers from 0 to {out_features - 1}")
-            rows = rows.to(self.weight.device)
-        self.register_buffer("rows", rows)
 
-        self.register_forward_pre_hook(_keep_calls)
-        self.requires_grad_(False)  # all that is there so far
-        adapted = out_features if rows is None else len(rows)
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(adapted, rank, **like))
-        self.lora_lambda = nn.Parameter(torch.full((rank,), float(coef_init), **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        with torch.no_grad():
-            self.lora_A *= self.expert_mask[:, None]
-            self.lora_lambda *= self.expert_mask
+def as_rows(rows: Tensor | None, weight: Tensor) -> Tensor | None:
+    """Row numbers of `weight` as a tensor beside it; None stays None."""
+    if rows is None:
+        return None
+    rows = torch.as_tensor(rows, dtype=torch.long, device="cpu")
+    unique = len(rows.unique())
+    if not 0 < len(rows) == unique or rows.min() < 0 or rows.max() >= len(weight):
+        raise ValueError(f"rows must be different row numbers from 0 to {len(weight) - 1}")
+    return rows.to(weight.device)
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, **kwargs) -> MLAELinear:
-        """Adapt `linear`: its weight and bias are shared, not copied, and frozen.
 
-        kwargs as for the class. The experts of a float16 or bfloat16 layer are float32 unless
-        `dtype` says otherwise: AdamW's steps are too small for half precision.
-        Raises ValueError if the layer has experts already, or is the out_proj of torch's
-        nn.MultiheadAttention, which reads the weight and never calls the layer.
-        """
-        if isinstance(linear, MLAELinear):
-            raise ValueError("the layer has experts already; merge them first with to_linear()")
-        if isinstance(linear, NonDynamicallyQuantizableLinear):
-            raise ValueError("nn.MultiheadAttention never calls its out_proj: it cannot be adapted")
-        kwargs.setdefault("dtype", torch.promote_types(linear.weight.dtype, torch.float32))
-        sizes = linear.in_features, linear.out_features, linear.bias is not None
-        return cls(*sizes, _frozen=linear, **kwargs).train(linear.training)
-
-    @property
-    def mask_prob(self) -> float:
-        """Masking probability p; ValueError if it is set outside [0, 1). See `set_mask_prob`."""
-        return self._mask_prob
-
-    @mask_prob.setter
-    def mask_prob(self, p: float) -> None:
-        if not 0 <= p < 1:
-            raise ValueError(f"mask_prob must be in [0, 1), not {p}")
-        self._mask_prob = float(p)
-
-    def coefficients(self) -> Tensor:
-        """c_i = m_i lambda_i (rank,): a new random mask at every call in training mode."""
-        mask = self.expert_mask
-        if self.training:
-            keep = torch.rand(self.rank, device=mask.device) >= self._mask_prob
-            mask = mask * keep / (1 - self._mask_prob)
-        return self.lora_lambda * mask
-
-    def _full_B(self) -> Tensor:
-        if self.rows is None:
-            return self.lora_B
-        zeros = self.lora_B.new_zeros(self.out_features, self.rank)
-        return zeros.index_copy(0, self.rows, self.lora_B)  # (out, rank)
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype, device = self.weight.dtype, x.device.type
-        autocast = not x.is_meta and torch.is_autocast_enabled(device)
-        if autocast and torch.float64 not in (dtype, x.dtype):
-            dtype = torch.get_autocast_dtype(device)
-        elif x.dtype != dtype:
-            raise RuntimeError(f"input is {x.dtype} but the layer's weight is {dtype}")
-        A, B, c = self.lora_A, self._full_B(), self.coefficients()
-        return _FoldedLinear.apply(x, self.weight, self.bias, A, B, c, dtype)
-
-    def _fold_onto(self, weight: Tensor) -> Tensor:
-        c = self.lora_lambda * self.expert_mask
-        return _fold(weight, self.lora_A, self._full_B(), c)
-
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """B diag(lambda) A (out, in) as eval mode adds it to `weight`, in float32 or wider."""
-        return self._fold_onto(torch.zeros_like(self.weight))
-
-    @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        """A plain nn.Linear that computes what this layer, left as it is, computes in eval mode."""
-        has_bias = self.bias is not None
-        linear = nn.Linear(self.in_features, self.out_features, has_bias, device="meta")
-        merged = self._fold_onto(self.weight).to(self.weight.dtype)
-        linear.weight = nn.Parameter(merged.contiguous())
-        if has_bias:
-            linear.bias = nn.Parameter(self.bias.clone())
-        return linear.train(self.training)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}, mask_prob={self.mask_prob:g}"
+def check_adaptable(linear: nn.Linear) -> None:
+    if hasattr(linear, "lora_A"):
+        raise ValueError("the layer has experts already; merge them first with to_linear()")
+    if isinstance(linear, NonDynamicallyQuantizableLinear):
+        raise ValueError("nn.MultiheadAttention never calls its out_proj: it cannot be adapted")
 
 
 def set_mask_prob(model: nn.Module, p: float | Tensor) -> None:
@@ -250,8 +273,8 @@ def set_mask_prob(model: nn.Module, p: float | Tensor) -> None:
     rates = rates if isinstance(rates, list) else [rates] * len(layers)
     if len(rates) != len(layers):
         raise ValueError(f"{len(rates)} masking probabilities for {len(layers)} MLAE layers")
-    if not all(0 <= rate < 1 for rate in rates):
-        raise ValueError(f"mask_prob must be in [0, 1), not {p}")
+    for rate in rates:
+        check_mask_prob(rate)
     for layer, rate in zip(layers, rates, strict=True):
         layer.mask_prob = rate
 
@@ -268,8 +291,7 @@ def mask_rates(pattern: str, num_layers: int, mask_prob: float) -> Tensor:
     """
     if pattern not in PATTERNS:
         raise ValueError(f"mask pattern must be one of {', '.join(PATTERNS)}, not {pattern!r}")
-    if not 0 <= mask_prob < 1:
-        raise ValueError(f"mask_prob must be in [0, 1), not {mask_prob}")
+    check_mask_prob(mask_prob)
     shape = PATTERNS[pattern](torch.linspace(0, 1, num_layers, dtype=torch.float64, device="cpu"))
     if (shape == shape[0]).all():
         return torch.full_like(shape, mask_prob)
@@ -301,8 +323,7 @@ def fixed_masks(
     as many in total as `random` does, which is round(rank * (1 - mask_prob)) a layer: patterns are
     compared at an equal budget. Raises as `mask_rates` does.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be an integer of at least 1, not {rank!r}")
+    check_rank(rank)
     want = rank * (1 - mask_rates(pattern, num_layers, mask_prob))
     keep = want.round().clamp(1, rank)
     total = num_layers * max(1, round(rank * (1 - mask_prob)))

@@ -1,94 +1,77 @@
-"""What surrounds a run: device and precision, its folder, identity and files.
+"""What a run is: its flags, settings, folder and files, its lock, ranks and errors.
 
-    folder = run_folder(args.out, identity(args, defaults))
+    args = settle(train_parser().parse_args(["--dataset", "dtd"]))
+    folder = run_folder(args.out, identity(args, usual(args)))
     metrics = finished(folder, args)        # the result, if the same run has ended before
 
 A run is what its settings make it. Its identity holds those that differ from the defaults, without
-machine and place; the folder's name and the tables of `suite.py` come from this one list.
+machine and place; the folder's name and the tables of suite.py come from this one list.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import importlib
 import json
+import logging
+import math
 import os
 import platform
 import re
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from torch import Tensor
 
-import photos
-from baselines import METHODS
-from files import ModelError, RunError, read_json, sha256
-from flags import PLACE, printable, shown
-from processes import launched, let_the_first_speak, world_size
-from splits import DataError
-from tasks import TASKS
+import data
+import model as models
+from methods import MAIN, MASKINGS, METHODS, SCHEDULES
+from mlae import PATTERNS
+from splits import printable, regular
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
+AMP = ["auto", "bf16", "fp16", "off"]
+DEVICES = ["auto", "cpu", "cuda", "mps"]
+LARGEST = 4096  # side of an image in pixels
+PLACE = ("device", "workers", "out", "data_dir", "resume", "overwrite")  # not what a run is
 ALWAYS = ("dataset", "method", "model", "epochs", "seed")  # in every identity, default or not
 SHORT = {"mask_prob": "p", "rank": "r", "lr": "lr"}  # shown in the folder's name if not default
-
+PADDING = -100  # the label of an image that only fills up a rank's part of a batch
 GOES_ON = {  # how an interrupted script goes on
     "train.py": ": the same command with --resume goes on",
     "suite.py": ": the same command goes on",
 }
+BY_DIGEST = {*PLACE, *data.FOLDER_FLAGS, "checkpoint", "dataset"}  # the identity has these or none
 OUT_OF_MEMORY = "out of memory: --grad-checkpoint needs less, or --accumulate 4, or --batch-size 32"
 NO_MEMORY = ("out of memory", "not enough memory", "DefaultCPUAllocator", "ALLOC_FAILED")
-# what the files of a run must hold, for those that read them
-CONFIG = {"arguments": {"method": str}, "identity": {"method": str}}
-METRICS = {"dataset": str, "model": str, "data": str, "official": bool, "seed": range(2**31)}
-RESULT = {"official": bool, "digest": str, "run": str, "images": range(1, 2**31)}
+
+
+# --- errors ---------------------------------------------------------------------------------------
+class RunError(ValueError):
+    """A flag, device or file of a run that cannot be used; the message is one line."""
+
+
+class Busy(RunError):
+    """Another process is at it."""
 
 
 class Diverged(RunError):
     """Training ended in a loss that is not finite."""
 
 
-ERRORS = (DataError, ModelError, RunError)  # what a user can mend; bugs keep their traceback
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came: from a queue whose time is over, or a machine that shuts down."""
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Inside, SIGTERM raises Terminated, and so what is open is tidied up.
-
-    Ranks but the first have nothing to tidy up: Ctrl-C and SIGTERM end them at once.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    first = launched()[0] == 0
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # once is enough
-        raise Terminated
-
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop if first else signal.SIG_DFL)}
-    if not first:
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+ERRORS = (data.DataError, models.ModelError, RunError)  # a user can mend; bugs keep their traceback
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -98,56 +81,292 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in NO_MEMORY)
 
 
-def complain(script: str, message: str) -> None:
-    """One line on stderr, and the end."""
-    print(f"{script}: error: {printable(message)}", file=sys.stderr)
-    sys.exit(2)
-
-
-def discard_output() -> None:
-    """Let go what standard output does not take: Python would try again, aloud, as it exits."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 @contextmanager
 def one_line(script: str) -> Iterator[None]:
-    """What a user can mend ends in one line and exit code 2, Ctrl-C in a hint and 130, SIGTERM in
-    the same hint and 143.
-
-    A reader of the output that has gone away (`| head`) ends it without a word.
-    """
+    """What a user can mend ends in one line and exit code 2, Ctrl-C and SIGTERM in a hint and 130."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no text
+    # SIGTERM: a queue's time is over. Ranks but the first have nothing to tidy up.
+    handler = signal.SIG_DFL if launched()[0] else signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with stoppable():
-            yield
+        yield
         sys.stdout.flush()
+        return
     except ERRORS as error:
-        let_the_first_speak()
-        complain(script, str(error))
-    except BrokenPipeError:
-        discard_output()
-        sys.exit(141)  # as a program that SIGPIPE ends
+        message = str(error)
+    except BrokenPipeError:  # the reader of the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try again, aloud, as it exits
+        sys.exit(1)
     except OSError as error:  # no bug but the system's answer: a full disk, no permission
-        discard_output()
-        complain(script, f"{error.filename or 'standard output'}: {error.strerror or error}")
+        message = f"{error.filename or 'standard output'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        complain(script, OUT_OF_MEMORY if script in GOES_ON else "out of memory")
-    except KeyboardInterrupt as stop:
+        message = OUT_OF_MEMORY
+    except KeyboardInterrupt:
         print(f"interrupted{GOES_ON.get(script, '')}", file=sys.stderr)
-        sys.exit(143 if isinstance(stop, Terminated) else 130)
+        sys.exit(130)
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+    if launched()[0]:
+        time.sleep(10)  # all ranks meet the same error: torchrun ends them after the first one's
+    new_parser(script).error(message)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA if there is one, else Apple's MPS, else the CPU.
+# --- flags ----------------------------------------------------------------------------------------
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        if launched()[0] == 0:
+            print(f"{self.prog}: error: {printable(message)}", file=sys.stderr)
+        sys.exit(2)
 
-    Raises RunError for a device that is not there.
+
+def new_parser(prog: str, manual: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose errors are one line, with the manual at the top of its --help."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else a line for every retry
+    raw = argparse.RawDescriptionHelpFormatter
+    return _Parser(prog, f"{prog} [flags]", manual, formatter_class=raw, allow_abbrev=False)
+
+
+def number(kind: type, low: float, high: float, expected: str) -> Callable:
+    """A flag's type: an int or float in [low, high)."""
+
+    def parse(text: str):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"must be {expected}, not {text}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return parse
+
+
+COUNT = number(int, 1, 2**31, "1 or more")
+WHOLE = number(int, 0, 2**31, f"from 0 to {2**31 - 1}")
+SIDE = number(int, 1, LARGEST + 1, f"from 1 to {LARGEST}")
+FRACTION = number(float, 0, 1, "in [0, 1)")
+SHARE = number(float, math.ulp(0.0), 1, "in (0, 1)")
+POSITIVE = number(float, math.ulp(0.0), math.inf, "above 0")
+SIZE = number(float, 0, math.inf, "0 or more")
+
+
+def amount(text: str) -> int:
+    """A flag's type: a whole number, or one like 0.3M or 50K."""
+    factor = {"k": 1e3, "m": 1e6}.get(text[-1:].lower(), 1)
+    return COUNT(str(round(float(text if factor == 1 else text[:-1]) * factor)))
+
+
+def by_target(text: str) -> float | dict[str, float]:
+    """A flag's type: a probability, or target=probability, several of these joined by commas."""
+    if not set("=,") & set(text):
+        return FRACTION(text)
+    pairs = {}
+    for word in text.split(","):
+        target, _, p = word.partition("=")
+        if not re.fullmatch(r"\w+(\.\w+)*=.+", word) or target in pairs:
+            expected = "expected one number, or target=number once for each target"
+            raise argparse.ArgumentTypeError(f"{expected}, not {text}")
+        pairs[target] = FRACTION(p)
+    return dict(sorted(pairs.items()))
+
+
+by_target.__name__ = "float"  # for argparse's "invalid float value"
+
+
+class OneSetting(argparse.Action):
+    """The words after a flag are one setting: a number, or the targets with a number each."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setting, *others = values
+        for value in others:
+            both = isinstance(setting, dict) and isinstance(value, dict)
+            if not both or setting.keys() & value.keys():
+                expected = "expected one number, or target=number once for each target"
+                raise argparse.ArgumentError(self, f"{expected}; suite.py takes several settings")
+            setting = dict(sorted((setting | value).items()))
+        setattr(namespace, self.dest, setting)
+
+
+def shown(value: object) -> str:
+    """The value of a flag in one word, as suite.py takes it."""
+    if isinstance(value, dict):
+        value = [f"{key}={number:g}" for key, number in value.items()]
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def default_of(dest: str, options: dict) -> str:
+    """The default of a flag for its help, as in " (default: 8; snell, snella: 32)"."""
+    owners: dict[str, list[str]] = {}
+    for method, row in METHODS.items():
+        if dest in row.settings:
+            owners.setdefault(shown(row.settings[dest]), []).append(method)
+    if not owners and options.get("default") is None:
+        return ""
+    first, *others = owners or [options["default"]]
+    words = [str(first), *(f"{', '.join(owners[value])}: {value}" for value in others)]
+    return f" (default: {'; '.join(words)})"
+
+
+def add_flags(group: Callable[[str], Callable]) -> None:
+    """Every flag of a run; group(title) returns what adds a flag under that title.
+
+    The flags of a method and of a task are None here: `settle` fills in what their rows say.
     """
+
+    def titled(title: str) -> Callable:
+        add = group(title)
+
+        def flag(name: str, words: str, **options) -> None:
+            dest = options.get("dest", name[2:].replace("-", "_"))
+            add(name, help=words + default_of(dest, options), **options)
+
+        return flag
+
+    on = {"action": "store_true"}
+    flag = titled("data")
+    flag("--dataset", "a task, or a folder of your own images", default="digits")
+    flag("--data-dir", "where data lie", type=os.path.abspath, default="data")
+    flag("--source", "auto: originals if they can be had", choices=data.SOURCES, default="auto")
+    flag("--img-size", "side in pixels (default: the model's own)", type=SIDE)
+    norms = {"choices": ["imagenet", "none", "model"], "default": "imagenet"}
+    flag("--normalize", "mean and std of the inputs; most published numbers: imagenet", **norms)
+    words = "auto: FGVC and own images crop, others none"
+    flag("--augment", words, choices=[*data.AUGMENT, "auto"], default="auto")
+    flag = titled("your own images")
+    flag("--test-share", "of each class, without test/ and val/", type=SHARE, default=0.2)
+    flag("--val-share", "of each class's training images, for --val", type=SHARE, default=0.2)
+    flag("--split-seed", "draws these shares", type=WHOLE, default=0)
+    flag("--skip-bad-images", "leave out what cannot be read (default: stop and name it)", **on)
+    flag = titled("model")
+    flag("--model", "timm name with its tag (default: the paper's ViT-B/16; digits: vit_nano)")
+    flag("--checkpoint", "local .safetensors, .pth or .npz", type=os.path.abspath)
+    flag("--no-pretrained", "start from random weights", **on)
+    flag = titled("method")
+    rows = [f"{name}: {row.trains}" for name, row in METHODS.items()]
+    flag("--method", "; ".join(rows), default=MAIN)
+    words = "layers to adapt, by the end of their names (default: attn.qkv, the paper's)"
+    flag("--targets", words, nargs="+", metavar="PATH")
+    flag("--rank", "experts per layer", type=COUNT)
+    flag("--budget", "take the rank that trains about N, as in 0.3M", type=amount, metavar="N")
+    flag("--coef-init", "first lambda; lora and rmlora: alpha / rank", type=POSITIVE)
+    flag = titled("masking")
+    words = "masking probability p, or one for each target, as in attn.qkv=0.5 mlp.fc1=0.3; "
+    words += "in suite.py commas join what is one setting"
+    flag("--mask-prob", words, nargs="+", type=by_target, action=OneSetting, metavar="P")
+    flag("--masking", "a new mask each step, one for good, or both", choices=list(MASKINGS))
+    flag("--mask-pattern", "p over depth", dest="pattern", choices=list(PATTERNS))
+    flag("--mask-schedule", "p over training", dest="schedule", choices=list(SCHEDULES))
+    flag("--freeze-lambda", "lambda stays as it starts, as in lora", **on | {"default": None})
+    flag("--lambda-lr", "learning rate of lambda over the rest's", type=POSITIVE, metavar="FACTOR")
+    flag = titled("other methods")
+    flag("--penalty-weight", "rmlora: of the orthogonality penalty", type=SIZE)
+    flag("--active-ranks", "rmlora: ranks of a layer that learn at a step", type=COUNT)
+    words = "rmlora: the same ranks of A and B learn (1), or they are drawn apart (2)"
+    flag("--variant", words, type=int, choices=[1, 2])
+    flag("--num-experts", "mor: experts that share one LoRA", type=COUNT)
+    flag("--sparsity", "snell, snella: share of an update dropped in the end", type=FRACTION)
+    flag("--start-sparsity", "snella: share dropped at the start", type=FRACTION)
+    flag("--gate", "snell, snella: as in the authors' code or paper", choices=["code", "paper"])
+    flag = titled("optimisation")
+    flag("--epochs", "passes over the images (default: 100; digits 20, own 30)", type=COUNT)
+    flag("--batch-size", "images per step; none is dropped", type=COUNT, default=64)
+    flag("--lr", "AdamW's peak (default: 1e-3, as common; digits: 8e-3)", type=POSITIVE)
+    flag("--weight-decay", "of matrices", type=FRACTION, default=1e-4)
+    flag("--warmup-epochs", "linear, then cosine to 0 (default: a tenth of all)", type=float)
+    flag("--drop-path", "stochastic depth (default: 0; often 0.1)", type=FRACTION)
+    flag("--label-smoothing", "share of the label spread over all", type=FRACTION, default=0.0)
+    flag = titled("run")
+    flag("--seed", "of all that is drawn", type=WHOLE, default=0)
+    flag("--val", "to choose settings: train on 800, score val200", **on)
+    flag("--amp", "mixed precision; auto: bf16 on CUDA", choices=AMP, default="auto")
+    flag("--compile", "torch.compile (takes longer than the demo)", **on)
+    flag("--grad-checkpoint", "recompute blocks: less memory, more time", **on)
+    words = "split each batch into N parts (less memory); each draws its own mask"
+    flag("--accumulate", words, type=COUNT, default=1, metavar="N")
+    flag("--device", "auto: the fastest here", choices=DEVICES, default="auto")
+    flag("--workers", "image-decoding processes (0: the main process)", type=WHOLE, default=4)
+    flag("--out", "where run folders go", type=os.path.normpath, default="runs")
+    flag("--resume", "go on after the last whole epoch of this run", **on)
+    flag("--overwrite", "start this run anew, whatever it has left", **on)
+
+
+def train_parser(manual: str | None = None) -> argparse.ArgumentParser:
+    """The parser of train.py, with its manual at the top of --help."""
+    parser = new_parser("train.py", manual)
+    add_flags(lambda title: parser.add_argument_group(title).add_argument)
+    return parser
+
+
+# --- settings -------------------------------------------------------------------------------------
+def fill_in(args: argparse.Namespace, *defaults: dict) -> None:
+    """Give the arguments that are None or auto their defaults, in place."""
+    for row in defaults:
+        for name, value in row.items():
+            if getattr(args, name, None) in (None, "auto"):
+                setattr(args, name, value)
+
+
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of one run: those left out take what suits task, method and model.
+
+    Raises DataError, ModelError or RunError for values that do not go together.
+    """
+    task, row = data.find_task(args.dataset), models.find_method(args.method)
+    args = argparse.Namespace(**vars(args))
+    args.dataset = task.argument
+    if args.budget and args.rank:
+        raise RunError("--budget chooses the rank: leave --rank out")
+    fill_in(args, task.recipe, row.settings, {"targets": list(row.targets)})
+    for name in sorted(row.foreign()):
+        if getattr(args, name, None) is not None:
+            setattr(args, name, None)
+            print(f"note: {args.method} has no {name}; it is ignored", file=sys.stderr)
+    args.img_size = args.img_size or models.input_size(args.model)
+    if args.budget:
+        args.rank, args.budget = models.rank_within(args), None  # the rank is what the run is
+    if args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs / 10
+    if not 0 <= args.warmup_epochs < args.epochs:
+        raise RunError(f"--warmup-epochs {args.warmup_epochs:g} is not below --epochs, or below 0")
+    return args
+
+
+def usual(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of a run on the same task with the same method, model and number of epochs."""
+    fixed = ("dataset", "method", "model", "epochs")
+    return settle(train_parser().parse_args([f"--{name}={getattr(args, name)}" for name in fixed]))
+
+
+def identity(args: argparse.Namespace, defaults: argparse.Namespace) -> dict:
+    """What makes a run this run: the settings that differ from the defaults, and `ALWAYS`; of a
+    local checkpoint and of a folder of images the digest, not the path."""
+    own = {}
+    for name, value in vars(args).items():
+        if name not in PLACE and (name in ALWAYS or value != getattr(defaults, name)):
+            own[name] = value
+    if args.checkpoint:
+        own["checkpoint"] = models.sha256(args.checkpoint)
+    return data.identify(own, args.dataset, args.out)
+
+
+def run_folder(out: str | os.PathLike, own: dict) -> Path:
+    """<out>/<dataset>/<method>-<model>-<settings>-seed<n>-<digest of the identity>."""
+    words = [own["method"], own["model"].replace("/", "_").replace(":", "_")]
+    for name, short in SHORT.items():
+        if name in own:
+            value = own[name]
+            words.append(short + (shown(value) if isinstance(value, dict) else f"{value:g}"))
+    words.append(f"seed{own['seed']}")
+    if own.get("val"):
+        words.append("val")
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    return Path(out, own["dataset"], "-".join([*words, digest[:6]]))
+
+
+# --- device ---------------------------------------------------------------------------------------
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA if there is one, else Apple's MPS, else the CPU; RunError for one not there."""
     present = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available() and world_size() == 1,  # ranks cannot talk there
@@ -178,27 +397,20 @@ def peak_memory_mb(device: torch.device) -> int | None:
     """Highest memory use in MiB: allocated on CUDA, else of the process; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() >> 20
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the memory of the process that started this one
-        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
-        return int(found[1]) >> 10 if found else None
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, else KiB
+    status = Path("/proc/self/status")  # getrusage would count that of the parent process too
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) >> 10 if found else None
 
 
 def provenance(device: torch.device) -> dict:
-    """The machine and the code of a run: device, number of processes that share the run, versions,
-    git commit (None outside a clone)."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
+    """The machine and the code of a run: device, number of processes that share it, versions, git
+    commit (None outside a clone)."""
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     versions = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "timm"):
         versions[package] = importlib.import_module(package).__version__
-    here = str(Path(__file__).resolve().parent)
-    command = ["git", "-C", here, "rev-parse", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
@@ -206,106 +418,205 @@ def provenance(device: torch.device) -> dict:
     return {"device": name, "processes": world_size(), "versions": versions, "git": commit}
 
 
-def identity(args: argparse.Namespace, defaults: argparse.Namespace) -> dict:
-    """What makes a run this run: the settings that differ from the defaults, and `ALWAYS`.
-
-    A local checkpoint counts by its digest, not by its path, and so does a folder of images.
-    """
-    usual = vars(defaults)
-    own = {}
-    for name, value in vars(args).items():
-        if name not in PLACE and (name in ALWAYS or value != usual[name]):
-            own[name] = value
-    if args.checkpoint:
-        own["checkpoint"] = sha256(args.checkpoint)
-    return photos.identify(own, args.dataset, args.out)
-
-
-def run_folder(out: str | os.PathLike, own: dict) -> Path:
-    """<out>/<dataset>/<method>-<model>-<settings>-seed<n>-<digest of the identity>."""
-    words = [own["method"], own["model"].replace("/", "_").replace(":", "_")]
-    for name, short in SHORT.items():
-        if name in own:
-            value = own[name]
-            words.append(short + (shown(value) if isinstance(value, dict) else f"{value:g}"))
-    words.append(f"seed{own['seed']}")
-    if own.get("val"):
-        words.append("val")
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-    return Path(out, own["dataset"], "-".join([*words, digest[:6]]))
-
-
-def finished(folder: Path, args: argparse.Namespace) -> dict | None:
-    """The metrics of a run that has ended; None if there is none that can be read, or it is to be
-    overwritten.
-
-    Raises RunError if the folder holds a run of other arguments: the defaults have changed since.
-    """
-    if vars(args).get("overwrite"):
-        return None
+# --- files ----------------------------------------------------------------------------------------
+@contextmanager
+def reading(path: Path, remedy: str = "") -> Iterator[None]:
+    """Whatever a damaged file makes its reader raise is a RunError that names the file."""
     try:
-        scored = "val_top1" if vars(args).get("val") else "test_top1"
-        metrics = read_json(folder / "metrics.json", RESULT | {scored: (0, 100)})
-        then = read_json(folder / "config.json", {"arguments": dict})["arguments"]
-    except RunError:  # none yet, damaged, or an older version's
-        return None
-    for name, value in vars(args).items():
-        skipped = (*PLACE, *photos.FLAGS, "checkpoint", "dataset")  # identity has them
-        if name not in skipped and name in then and then[name] != value:
-            flag = name.replace("_", "-")
-            raise RunError(
-                f"{folder} was run with --{flag} {then[name]}, the default of its time; "
-                f"now it is {value}: take another --out, or --overwrite"
-            )
-    with suppress(OSError):  # it may have been killed before it did so
-        (folder / "state.pt").unlink(missing_ok=True)
-    print(f"finished before (--overwrite runs it again): {folder}")
-    return metrics | {"run": str(folder)}  # it may have been moved
+        yield
+    except Exception as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else models.first_line(error)
+        raise RunError(f"cannot read {path}: {remedy}{reason}") from error
 
 
-def check_unfinished(folder: Path, args: argparse.Namespace) -> None:
-    """Raise RunError if an interrupted run is in the folder and neither flag says what to do.
-
-    `resume` may be None too, as suite.py has it: go on if there is something to go on from.
-    """
-    interrupted = (folder / "state.pt").exists()
-    if interrupted and args.resume is False and not args.overwrite:
-        raise RunError(f"{folder} was interrupted: --resume goes on, --overwrite starts anew")
-    if args.resume and not interrupted:
-        print(f"nothing to resume in {folder}: starting anew")
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; RunError for anything else."""
+    with reading(path):
+        content = json.loads(regular(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+    return content
 
 
-def clear_folder(folder: Path, keep_state: bool) -> None:
-    """Remove an earlier result from the folder of a run that starts; RunError if that cannot be."""
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows of a run's log.csv, at least one; RunError if it is none."""
+    rows = []
+    with reading(path), open(regular(path), newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file, strict=True):
+            rows.append({name: float(value) for name, value in line.items()})
+        if not rows or not all(math.isfinite(row["loss"] + row["train_top1"]) for row in rows):
+            raise ValueError("it has no epoch, or values that are not finite")
+    return rows
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """A draft to write to. It takes the place of `path` when it is written and on the disk, or goes
+    if it cannot be: RunError then, and what was there before is still there."""
+    draft = path.with_name(f"{path.name}.tmp")
     try:
-        (folder / "metrics.json").unlink(missing_ok=True)
-        if not keep_state:
-            (folder / "state.pt").unlink(missing_ok=True)
+        yield draft
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # as of torch.save
+        if not isinstance(cause, OSError):
+            raise
+        raise RunError(f"--out: cannot write {path}: {cause.strerror or cause}") from error
+    finally:
+        with suppress(OSError):
+            draft.unlink()
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file whole or not at all."""
+    text = json.dumps(value, indent=2)
+    with write_atomically(path) as draft:
+        draft.write_text(text)
+
+
+def write_csv(path: Path, head: list, rows: list) -> None:
+    """Write a table whole or not at all."""
+    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with write_atomically(path) as draft, open(draft, "w", **text) as file:
+        csv.writer(file).writerows([head, *rows])
+
+
+def write_log(path: Path, rows: list[dict]) -> None:
+    """Write the log anew, a row per epoch, numbers to seven digits."""
+    write_csv(path, list(rows[0]), [map("{:.7g}".format, row.values()) for row in rows])
+
+
+def write_lists(folder: Path, *selections: data.Images) -> None:
+    """<role>.csv in a run's folder, path and class of each image, if they are of one's folder."""
+    for images in selections:
+        if images.folder is not None:
+            write_csv(folder / f"{images.role}.csv", ["path", "label"], data.list_rows(images))
+
+
+def check_new(path: Path, flag: str, ending: str = "") -> None:
+    """Raise RunError, naming the flag, unless a file or folder `path` can be made: its name has
+    this ending, it is not there yet, and its folder is."""
+    if not path.name.lower().endswith(ending):
+        raise RunError(f"{flag} {path}: the name must end in {ending}")
+    if os.path.lexists(path):
+        raise RunError(f"{flag} {path}: it exists already; remove it or take another name")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise RunError(f"{flag} {path}: cannot write to {path.parent}")
+
+
+@contextmanager
+def new_file(path: Path, flag: str) -> Iterator[Path]:
+    """A draft, in a folder of its own, of a file or folder that is not there yet. It goes to its
+    place when it is written, or vanishes if it cannot be: RunError then."""
+    check_new(path, flag)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".draft-") as folder:
+            draft = Path(folder, path.name)
+            yield draft
+            os.rename(draft, path)
     except OSError as error:
-        raise RunError(f"--out: cannot write {folder}: {error.strerror}") from error
+        raise RunError(f"{flag} {path}: cannot write it: {error.strerror or error}") from error
 
 
-def report(metrics: dict) -> dict:
-    """Print a line for people; returns what it was given."""
-    split = "test" if "test_top1" in metrics else "val"
-    top1 = metrics[f"{split}_top1"]
-    print(f"{split} top-1 {top1:.2f} % ({metrics['images']} images), run {metrics['run']}")
-    return metrics
+@contextmanager
+def lock(path: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock file inside, for no longer than this process lives. A folder that was made for it
+    goes again if nothing came into it.
+
+    Raises Busy if another process holds it for more than `patience` seconds, RunError if there can
+    be no such file.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    held = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=patience)
+    except Timeout:
+        message = f"{path.parent}: another process is at it; wait for it, or take another --out"
+        raise Busy(message) from None
+    except OSError as error:
+        raise RunError(f"--out: cannot write {path.parent}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            path.unlink()  # whoever has opened it already sees that it is gone, and tries again
+        held.release()
+        with suppress(OSError):  # not empty
+            for folder in made:  # the innermost first
+                folder.rmdir()
 
 
-def warn_of_unread_folder(args: argparse.Namespace, source: str) -> None:
-    """Say so if --data-dir was given for images that are in this repository."""
-    if source == "embedded" and args.data_dir != os.path.abspath("data"):
-        hint = f"--dataset {args.dataset} is in this repository, --data-dir is not read"
-        print(f"note: {hint}; name what to train on with --dataset", file=sys.stderr)
+def claim(folder: Path):
+    """Inside, no other process runs in the folder; raises as `lock` does."""
+    return lock(folder / "lock") if process_rank() == 0 else ExitStack()
 
 
-def warn_of_failure(top1: float, labels: torch.Tensor) -> None:
-    """Say so if the top-1 accuracy (%) on the training images is hardly that of a constant."""
-    guess = 100 * labels.bincount().max() / len(labels)
-    if top1 < guess + 5:
-        hint = f"training top-1 is {top1:.1f} %, the largest class alone gives {guess:.1f} %"
-        print(f"warning: hardly anything was learned ({hint}): change --lr", file=sys.stderr)
+# --- runs that have ended -------------------------------------------------------------------------
+def parse_again(saved: dict) -> argparse.Namespace:
+    """The arguments in a config.json, which train.py's own parser reads again. A flag that is not
+    there, or null, takes its default; a method of one's own may have settings without a flag.
+    ValueError for what the parser refuses."""
+    parser, words = train_parser(), []
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    parser.error = refuse
+    flags = {action.dest: action.option_strings[-1] for action in parser._actions}
+    row = models.find_method(saved.get("method", MAIN))
+    flagless = {name: saved[name] for name in saved.keys() & row.settings.keys() - flags.keys()}
+    for name in saved.keys() - flagless.keys():
+        value, flag = saved[name], flags.get(name, f"--{name}")
+        if isinstance(value, dict):
+            words += [flag, *(f"{target}={p}" for target, p in value.items())]
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words.append(f"{flag}={value}")
+    return parser.parse_args(words, argparse.Namespace(**flagless))
+
+
+def read_config(folder: str | Path) -> dict:
+    """A run's config.json, its arguments as a Namespace in which nothing is left open.
+
+    Raises RunError if there is none, or today's code does not know its task, method or a value.
+    """
+    path = Path(folder, "config.json")
+    if not path.exists():
+        raise RunError(f"{folder} is not a run of train.py: there is no file {path}")
+    config = read_json(path)
+    with reading(path):
+        args = config["arguments"] = parse_again(config["arguments"])
+        if config["amp"] not in AMP[1:] or not isinstance(config["weights"]["tag"], str):
+            raise ValueError("its amp or weights are unknown here")
+        row, recipe = models.find_method(args.method), data.FOLDER_RECIPE
+        names, task = config.setdefault("class_names", None), data.TASKS.get(args.dataset)
+        if names and not (isinstance(names, list) and all(map(str.isprintable, names))):
+            raise ValueError("its class_names are no list of names")
+        if names and task and len(names) != task.classes:
+            raise ValueError(f"class_names: {len(names)} of the {task.classes} classes")
+        # a folder of one's own, which need not be here, has the names of its classes there
+        if not names or task:
+            recipe = data.find_task(args.dataset).recipe
+        fill_in(args, recipe, row.settings, {"targets": list(row.targets)})
+        args.img_size = args.img_size or models.input_size(args.model)
+        config.setdefault("source", "auto")
+    return config
+
+
+def point_to(config: dict, data_dir: str | None) -> None:
+    """Have a run's arguments find its data where they are now, and read what was read then."""
+    run = config["arguments"]
+    if os.path.isabs(run.dataset):  # a folder of one's own, which may have moved
+        run.dataset = os.path.abspath(data_dir or run.dataset)
+    run.data_dir = data_dir or run.data_dir
+    if config["source"] in data.SOURCES:
+        run.source = config["source"]  # whatever else is there now
 
 
 @dataclass(frozen=True)
@@ -319,31 +630,110 @@ class Result:
     top1: float
 
 
-def collect(*folders: str | Path) -> list[Result]:
-    """The finished runs in folders, oldest first.
+def result_of(folder: Path) -> Result:
+    """The result in a run's folder; RunError if there is none, it is damaged or unknown here."""
+    config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
+    with reading(folder / "metrics.json"):
+        own = config["identity"]
+        split = "val" if own.get("val") else "test"
+        top1 = float(metrics[f"{split}_top1"])
+        if not 0 <= top1 <= 100 or not {"model", "data", "official", "seed"} <= metrics.keys():
+            raise ValueError("it is damaged")
+        is_task = metrics["dataset"] in data.TASKS or data.FOLDER in own
+        if not is_task or own["method"] not in METHODS:
+            raise ValueError(f"{own['method']} on {metrics['dataset']} is unknown here")
+        return Result(config["arguments"], own, metrics, split, top1)
 
-    Those that are damaged, or whose task or method is not known here, are named and left out.
-    """
+
+def collect(*folders: str | Path) -> list[Result]:
+    """The finished runs in folders, oldest first; those that cannot be read are named."""
     files = []
     for folder in folders:
         files += Path(folder).rglob("metrics.json")
     results = []
     for file in sorted(files, key=lambda path: path.lstat().st_mtime):
         try:
-            config = read_json(file.with_name("config.json"), CONFIG)
-            arguments, own = config["arguments"], config["identity"]
-            split = "val" if own.get("val") else "test"
-            metrics = read_json(file, METRICS | {f"{split}_top1": (0, 100)})
+            results.append(result_of(file.parent))
         except RunError as error:
-            reason = f"{file.parent} is damaged and left out: {error}"
-            print(printable(reason), file=sys.stderr)
-            continue
-        top1 = float(metrics[f"{split}_top1"])
-        is_task = metrics["dataset"] in TASKS or photos.FOLDER in own
-        known = is_task and own["method"] in METHODS
-        if known:
-            results.append(Result(arguments, own, metrics, split, top1))
-        else:
-            name = f"{own['method']} on {metrics['dataset']}"
-            print(f"{file.parent} is left out: {name} is unknown here", file=sys.stderr)
+            print(printable(f"{file.parent} is left out: {error}"), file=sys.stderr)
     return results
+
+
+# --- processes that share a run -------------------------------------------------------------------
+# Ranks draw the same masks, as they start from the same seed and draw equally often. The first rank
+# alone prints, scores and writes.
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number of ranks) as torchrun tells its processes; (0, 1) without it."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    return (int(os.environ.get("RANK", 0)), ranks) if ranks > 1 else (0, 1)
+
+
+def world_size() -> int:
+    """How many processes share the run; 1 outside `joined`."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """This process's number among those that share the run."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+@contextmanager
+def joined(device: str, batch_size: int) -> Iterator[None]:
+    """Inside, the processes that torchrun has started are the ranks of one run. Nothing changes
+    without torchrun. `device` is a name in DEVICES. Ranks but the first print nothing.
+
+    Raises RunError if the batch cannot be shared.
+    """
+    number, count = launched()
+    if count == 1:
+        yield
+        return
+    if batch_size % count:
+        raise RunError(f"--batch-size {batch_size} is not a multiple of the {count} processes")
+    backend = "gloo"
+    if torch.cuda.is_available() and device in ("auto", "cuda"):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # from here on "cuda" is it
+        backend = "nccl" if dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may score for long
+    with ExitStack() as silence:
+        if number:
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(redirect_stdout(nowhere))
+            silence.enter_context(redirect_stderr(nowhere))
+        yield
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def broadcast(value: object) -> object:
+    """The first rank's value, on all ranks."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """The sum over the ranks of a tensor, which is changed in place."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def rank_batches(images, order: Tensor, batch_size: int, workers: int, seed: str) -> Iterator:
+    """The batches of `images.epoch`, or this rank's part of each, x (B / ranks, 3, S, S) and labels
+    (B / ranks,), and how many images all ranks have in this batch.
+
+    The parts of all ranks are of one size, so that they draw equally often. What the last batch
+    lacks for that is filled up with an image whose label is PADDING.
+    """
+    rank, ranks, left = process_rank(), world_size(), len(order)
+    filled = torch.cat([order, order[:1].expand(-len(order) % ranks)])  # (N + lacking,)
+    for x, y in images.epoch(filled[rank::ranks], batch_size // ranks, workers, seed):
+        size = min(batch_size, left)
+        left -= size
+        y[len(range(rank, size, ranks)) :] = PADDING
+        yield x, y, size

@@ -41,6 +41,23 @@ class Missing(DataError):
     """Originals that are not there and cannot be fetched now."""
 
 
+def regular(path: Path) -> Path:
+    """The path; OSError for a pipe, device or folder there: opening a pipe can wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    return path
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def printable(text: str) -> str:
+    """The text in one line, with escapes for what a terminal would act on."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def tfds_order(keys: Iterable, split: str) -> list:
     """The keys (str or int) in the order in which TFDS stores the split of that name.
 

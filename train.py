@@ -3,6 +3,7 @@
     python train.py                                       # the demo: digits, no network, no GPU
     python train.py --dataset dtd --mask-prob 0.5         # a VTAB-1k task, ViT-B/16: one GPU
     python train.py --dataset dtd --val --mask-prob 0.7   # choose settings: train 800, score val200
+    torchrun --nproc-per-node 2 train.py --dataset dtd    # two GPUs share every batch
 
 Several tasks, seeds or settings: suite.py takes the same flags. On a CPU take a small model at a
 small size: `--model vit_small_patch14_dinov2 --img-size 98 --epochs 10`.
@@ -17,65 +18,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from flags import train_parser
-
-if __name__ == "__main__":
-    train_parser(__doc__).parse_args()  # --help and typing errors need not wait for torch
-
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data
-from backbone import (
-    count_parameters,
-    input_size,
-    parameter_groups,
-    recompute_blocks,
-    train_mode,
-    weights_of,
-)
-from baselines import METHODS
-from budget import rank_within
-from eval import create_model, create_normalizer, evaluate, load_data
-from files import RunError, whole, write_json, write_log
-from model import adapter_state, check_gradients, find_method, save_adapter
-from photos import write_lists
-from processes import (
-    PADDING,
-    agreed,
-    claim,
-    epoch_of,
-    first_rank_first,
-    joined,
-    process_rank,
-    restore,
-    save_state,
-    share,
-    total,
-    world_size,
-)
-from runs import (
-    Diverged,
-    autocast,
-    check_unfinished,
-    clear_folder,
-    finished,
-    identity,
-    one_line,
-    peak_memory_mb,
-    pick_device,
-    provenance,
-    report,
-    resolve_amp,
-    run_folder,
-    warn_of_failure,
-    warn_of_unread_folder,
-)
+import model as models
+import runs
+from data import create_normalizer, find_task, load_data
+from eval import evaluate
+from methods import METHODS
+from runs import PADDING, Diverged, RunError, broadcast, process_rank, settle, world_size
+from splits import regular
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -85,185 +47,238 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def train_step(
-    net,
-    optimizer,
-    x,
-    y,
-    *,
-    model,
-    size,
-    normalize,
-    scaler,
-    amp,
-    accumulate,
-    label_smoothing,
-    method,
-    progress,
-):
-    """One step of the optimizer on images x (B, 3, S, S) uint8 and labels y (B,).
+def finished(folder: Path, args: argparse.Namespace) -> dict | None:
+    """The metrics of a run that has ended; None if there is none that can be read, or it is to be
+    overwritten. RunError if the folder holds a run of other arguments: defaults have changed."""
+    try:
+        metrics = runs.read_json(folder / "metrics.json")
+        then = runs.read_json(folder / "config.json").get("arguments")
+    except RunError:  # none yet, or damaged
+        return None
+    scored = "val_top1" if args.val else "test_top1"
+    lacking = {"official", "digest", "images", scored} - metrics.keys()
+    if lacking or not isinstance(then, dict) or args.overwrite:
+        return None
+    for name in sorted(vars(args).keys() & then.keys() - runs.BY_DIGEST):
+        value = getattr(args, name)
+        if then[name] != value:
+            flag = f"--{name.replace('_', '-')}"
+            was = f"{folder} was run with {flag} {then[name]}, the default of its time"
+            raise RunError(f"{was}; now it is {value}: take another --out, or --overwrite")
+    with suppress(OSError):  # it may have been killed before it did so
+        (folder / "state.pt").unlink(missing_ok=True)
+    print(f"finished before (--overwrite runs it again): {folder}")
+    return metrics | {"run": str(folder)}  # it may have been moved
 
-    They are this rank's part of a batch of `size` images. Each of `accumulate` parts of it draws
-    its own masks. `method`, a row of METHODS, brings its hooks on `model`, which `net` may be
-    compiled or shared from; progress is the share of the training that is done after this step.
-    Returns the loss summed over x and the number of right answers.
+
+def report(metrics: dict) -> dict:
+    """Print a line for people; returns what it was given."""
+    split = "test" if "test_top1" in metrics else "val"
+    top1 = metrics[f"{split}_top1"]
+    print(f"{split} top-1 {top1:.2f} % ({metrics['images']} images), run {metrics['run']}")
+    return metrics
+
+
+def save_state(path: Path, weights: dict, optimizer, scaler, digest: str, progress: dict) -> None:
+    """All that `restore` needs to go on as if nothing had happened; whole or not at all.
+
+    `weights` are the tensors that train, `digest` is the training images', `progress` what
+    `restore` returns.
     """
-    loss_sum = correct = 0
-    optimizer.zero_grad()
-    for images, labels in zip(x.chunk(accumulate), y.chunk(accumulate), strict=True):
-        with autocast(x.device, amp):
-            logits = net(normalize(images))  # (B / accumulate, classes)
-        loss = F.cross_entropy(
-            logits.float(),
-            labels,
-            reduction="sum",
-            ignore_index=PADDING,
-            label_smoothing=label_smoothing,
-        )
-        loss_sum += loss.detach()
-        correct += (logits.detach().argmax(1) == labels).sum()
-        loss = loss / size * world_size()  # whose gradients' mean is taken
-        loss = loss + method.penalty(model) * (len(images) / len(x))
-        scaler.scale(loss).backward()
-    method.before_step(model, progress)
-    scaler.step(optimizer)
-    scaler.update()
-    return loss_sum, correct
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    state = {
+        "weights": weights,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        "digest": digest,
+        "progress": progress,
+    }
+    with runs.write_atomically(path) as draft, open(draft, "wb") as file:
+        torch.save(state, file)
 
 
-def run(args: argparse.Namespace) -> dict:
+def restore(path: Path, model: nn.Module, optimizer, scaler, digest: str) -> dict:
+    """Load what `save_state` wrote, if it is there, and return the progress.
+
+    {"epoch": epochs done, "rows": of the log, "seconds": of training}, all nothing if there is no
+    state or its training images are not these. Raises RunError for a file that cannot be read.
+    """
+    nothing = {"epoch": 0, "rows": [], "seconds": 0.0}
+    if not broadcast(path.exists()):
+        return nothing
+    with runs.reading(path, "remove it to start anew; "):
+        state = torch.load(regular(path), map_location="cpu", weights_only=True)
+        progress, moments, rng = state["progress"], state["optimizer"]["state"], state["rng"]
+        if broadcast(state["digest"] != digest):
+            print(f"the training images are not those of {path}: starting anew")
+            return nothing
+        models.load_strictly(model, state["weights"], models.adapter_state(model), "it")
+        groups = optimizer.state_dict()["param_groups"]  # as the run's settings make them
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(rng["cpu"])
+        if rng["cuda"]:
+            torch.cuda.set_rng_state(rng["cuda"][0])
+    print(f"resumed after epoch {progress['epoch']} of {path.parent}")
+    return progress
+
+
+def run(args: argparse.Namespace, load: Callable = load_data) -> dict:
     """One run, from settled arguments to files; returns what `metrics.json` holds.
 
-    Raises Busy if another process is at it.
+    `load` gives (training images, scored images) of the arguments. Raises Busy if another process
+    is at it.
     """
-    # its folder: the same settings and the same checkpoint give the same folder
-    own = identity(args, usual(args)) | METHODS[args.method].signature()
-    folder = run_folder(args.out, own)
-    before = agreed(finished(folder, args))
+    # the same settings and the same checkpoint give the same folder
+    own = runs.identity(args, runs.usual(args)) | METHODS[args.method].signature()
+    folder = runs.run_folder(args.out, own)
+    before = broadcast(finished(folder, args))
     if before and before["official"]:
         return report(before)
-    with claim(folder):
-        before = before or agreed(finished(folder, args))  # another process, a moment ago
-        return train_and_score(args, folder, own, before)
+    with runs.claim(folder):
+        before = before or broadcast(finished(folder, args))  # another process, a moment ago
+        return train_and_score(args, folder, own, before, load)
 
 
-def train_and_score(args: argparse.Namespace, folder: Path, own: dict, before: dict | None) -> dict:
+def train_and_score(
+    args: argparse.Namespace, folder: Path, own: dict, before: dict | None, load: Callable
+) -> dict:
     """A run in a folder that is claimed; `before` is its result, right if of the same images."""
-    method = METHODS[args.method]
-    check_unfinished(folder, args)
+    method, state = METHODS[args.method], folder / "state.pt"
+    if state.exists() and args.resume is False and not args.overwrite:  # None: go on if possible
+        raise RunError(f"{folder} was interrupted: --resume goes on, --overwrite starts anew")
+    if args.resume and not state.exists():
+        print(f"nothing to resume in {folder}: starting anew")
 
-    # seed and device
+    # --- seed and device ---
     torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    amp = resolve_amp(args.amp, device)
+    device = runs.pick_device(args.device)
+    amp = runs.resolve_amp(args.amp, device)
 
-    # data
-    with first_rank_first():  # what it downloads is there for all
-        train, test = load_data(args)
+    # --- data ---
+    if process_rank() == 0:
+        train, test = load(args)
+    broadcast(None)  # the first rank has downloaded what all need
+    if process_rank():
+        train, test = load(args)
     if before and before["digest"] == test.digest():  # a subset may have grown since
         return report(before)
-    warn_of_unread_folder(args, train.source)
-    with first_rank_first():
-        train.prepare(device, args.workers)
+    if train.source == "embedded" and args.data_dir != str(Path("data").absolute()):
+        hint = "--data-dir is not read; name what to train on with --dataset"
+        print(f"note: --dataset {args.dataset} is in this repository, {hint}", file=sys.stderr)
+    train.prepare(device, args.workers)
 
-    # model
-    model = create_model(args).to(device)
+    # --- model ---
+    model = models.create_model(args, find_task(args.dataset).classes).to(device)
     if args.grad_checkpoint:
-        recompute_blocks(model)
+        models.recompute_blocks(model)
     normalize = create_normalizer(args, model)
-    weights = weights_of(model, args.checkpoint, not args.no_pretrained)
-    counts = count_parameters(model)
+    weights = models.weights_of(model, args.checkpoint, not args.no_pretrained)
+    counts = models.count_parameters(model)
 
-    # optimizer
+    # --- optimizer and schedule ---
     factor = partial(method.lr_factor, settings=model.method_settings)
-    groups = parameter_groups(model, args.weight_decay, factor)
+    groups = models.parameter_groups(model, args.weight_decay, factor)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)  # one call for all tensors
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # no image is dropped
     steps = args.epochs * steps_per_epoch
     warmup = round(args.warmup_epochs * steps_per_epoch)
 
-    # from here on the run writes
+    # --- the folder: from here on the run writes ---
     config = {"arguments": vars(args), "identity": own, "source": train.source, "amp": amp}
     config |= {"weights": weights, "data": test.description, "class_names": train.class_names}
-    config |= provenance(device)
+    config |= runs.provenance(device)
     if process_rank() == 0:
-        clear_folder(folder, keep_state=args.resume or not args.overwrite)
-        write_lists(folder, train, test)
-        write_json(folder / "config.json", config)
+        (folder / "metrics.json").unlink(missing_ok=True)
+        if args.overwrite and not args.resume:
+            state.unlink(missing_ok=True)
+        runs.write_lists(folder, train, test)
+        runs.write_json(folder / "config.json", config)
     print(f"{args.method} on {own['dataset']}, {weights['tag']}, {device}: {train.description}")
     print("{} of {} linear layers adapted; ".format(*model.adapted), end="")
     print("{trainable:,} of {total:,} parameters train, {head:,} in the head".format(**counts))
 
-    # training
+    # --- training ---
     digest = train.fingerprint()
-    state = folder / "state.pt"
     done = restore(state, model, optimizer, scaler, digest)
     first = step = done["epoch"] * steps_per_epoch
-    train_mode(model)
+    models.train_mode(model)
     method.before_step(model, step / steps)
     net = model
     if args.compile:
         torch.compiler.reset()  # else earlier models count towards its limit of recompilations
         net = torch.compile(model, dynamic=True)  # one graph for every p and batch size
-    net = share(net)
+    if world_size() > 1:  # gradients are means over the ranks; all steps use the same parameters
+        net = DistributedDataParallel(net, static_graph=True)
     bar = tqdm(total=steps, initial=step, unit="step", disable=None)
-    while done["epoch"] < args.epochs:
-        epoch, start = done["epoch"], time.perf_counter()
+    for epoch in range(done["epoch"], args.epochs):
+        start = time.perf_counter()
         generator = torch.Generator().manual_seed(args.seed * 10_007 + epoch)
         order = torch.randperm(len(train), generator=generator)
         loss_sum = correct = seen = 0
         bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
         seed = f"{args.seed} {epoch}"
-        for x, y, size in epoch_of(train, order, args.batch_size, args.workers, seed):
+        for x, y, size in runs.rank_batches(train, order, args.batch_size, args.workers, seed):
+            x, y = x.to(device), y.to(device)  # (B, 3, S, S) uint8 and (B,), this rank's part
             lr = learning_rate(step, steps, warmup, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
+            optimizer.zero_grad()
+            # each part draws its own masks
+            parts = zip(x.chunk(args.accumulate), y.chunk(args.accumulate), strict=True)
+            for images, labels in parts:
+                with runs.autocast(device, amp):
+                    logits = net(normalize(images))  # (B / accumulate, classes)
+                loss = F.cross_entropy(
+                    logits.float(),
+                    labels,
+                    reduction="sum",
+                    ignore_index=PADDING,
+                    label_smoothing=args.label_smoothing,
+                )
+                loss_sum += loss.detach()
+                correct += (logits.detach().argmax(1) == labels).sum()
+                loss = loss / size * world_size()  # whose gradients' mean is taken
+                loss = loss + method.penalty(model) * (len(images) / len(x))
+                scaler.scale(loss).backward()
             step += 1
-            loss, right = train_step(
-                net,
-                optimizer,
-                x.to(device),
-                y.to(device),
-                model=model,
-                size=size,
-                normalize=normalize,
-                scaler=scaler,
-                amp=amp,
-                accumulate=args.accumulate,
-                label_smoothing=args.label_smoothing,
-                method=method,
-                progress=step / steps,
-            )
+            method.before_step(model, step / steps)
+            scaler.step(optimizer)
+            scaler.update()
             if step == first + 1:
-                check_gradients(model)
-            loss_sum, correct, seen = loss_sum + loss, correct + right, seen + len(x)
+                models.check_gradients(model)
+            seen += len(x)
             if bar.update():  # it shows something new: time to ask the device
                 top1 = f"{100 * correct.item() / seen:.1f} %"
                 bar.set_postfix(loss=f"{loss_sum.item() / seen:.3f}", top1=top1, refresh=False)
-        row = {"epoch": epoch + 1, "lr": lr, **method.log(model)}
-        row["loss"] = total(loss_sum).item() / len(train)
-        row["train_top1"] = 100 * total(correct).item() / len(train)
+        row = {"epoch": epoch + 1, "lr": lr, **method.after_epoch(model)}
+        row["loss"] = runs.all_reduce_sum(loss_sum).item() / len(train)
+        row["train_top1"] = 100 * runs.all_reduce_sum(correct).item() / len(train)
         row["seconds"] = done["seconds"] + time.perf_counter() - start
         if not math.isfinite(row["loss"]):
-            raise Diverged(
-                f"the loss is {row['loss']} in epoch {epoch + 1}: lower --lr {args.lr:g}"
-            )
+            where = f"the loss is {row['loss']} in epoch {epoch + 1}"
+            raise Diverged(f"{where}: lower --lr {args.lr:g}")
         done = {"epoch": epoch + 1, "rows": [*done["rows"], row], "seconds": row["seconds"]}
         if process_rank() == 0:
-            write_log(folder / "log.csv", done["rows"])
-            save_state(state, adapter_state(model), optimizer, scaler, digest, done)
+            runs.write_log(folder / "log.csv", done["rows"])
+            save_state(state, models.adapter_state(model), optimizer, scaler, digest, done)
         if bar.disable:  # no terminal
             line = "epoch {epoch:.0f}: loss {loss:.3f}, training top-1 {train_top1:.1f} %"
             print(line.format(**row), f"after {row['seconds']:.0f} s", flush=True)
     bar.close()
     if process_rank():
         return {}  # the first rank does the rest
-    warn_of_failure(done["rows"][-1]["train_top1"], train.labels)
-    with whole(folder / "adapter.safetensors") as draft:
-        save_adapter(model, draft, config)
+    top1 = done["rows"][-1]["train_top1"]
+    guess = 100 * train.labels.bincount().max() / len(train)
+    if top1 < guess + 5:
+        hint = f"training top-1 is {top1:.1f} %, the largest class alone gives {guess:.1f} %"
+        print(f"warning: hardly anything was learned ({hint}): change --lr", file=sys.stderr)
+    with runs.write_atomically(folder / "adapter.safetensors") as draft:
+        models.save_adapter(model, draft, config)
 
-    # the one evaluation, with the last weights
+    # --- the one evaluation, with the last weights ---
     scores = evaluate(model, test, normalize, amp=amp, workers=args.workers)
     split = "val" if args.val else "test"
     metrics = {
@@ -281,49 +296,17 @@ def train_and_score(args: argparse.Namespace, folder: Path, own: dict, before: d
         "train_seconds": round(done["seconds"], 1),
         "images": len(test),
         "left_out": test.left_out,
-        "peak_memory_mb": peak_memory_mb(device),
+        "peak_memory_mb": runs.peak_memory_mb(device),
         "run": str(folder),
     }
-    write_json(folder / "metrics.json", metrics)
+    runs.write_json(folder / "metrics.json", metrics)
     state.unlink(missing_ok=True)  # another process may have seen the result
     return report(metrics)
 
 
-def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments of one run: those left out take what suits task, method and model.
-
-    Raises DataError, ModelError or RunError for values that do not go together.
-    """
-    task, method = data.find_task(args.dataset), find_method(args.method)
-    args = argparse.Namespace(**vars(args))
-    args.dataset = task.argument
-    for name, value in task.recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.budget and args.rank:
-        raise RunError("--budget chooses the rank: leave --rank out")
-    method.complete(args)
-    args.img_size = args.img_size or input_size(args.model)
-    if args.budget:
-        args.rank, args.budget = rank_within(args), None  # the rank is what the run is
-    if args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs / 10
-    if not 0 <= args.warmup_epochs < args.epochs:
-        raise RunError(
-            f"--warmup-epochs {args.warmup_epochs:g} must be from 0 to below --epochs {args.epochs}"
-        )
-    return args
-
-
-def usual(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments of a run on the same task with the same method, model and number of epochs."""
-    fixed = ("dataset", "method", "model", "epochs")
-    return settle(train_parser().parse_args([f"--{name}={getattr(args, name)}" for name in fixed]))
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = train_parser(__doc__).parse_args(argv)
-    with one_line("train.py"), joined(args.device, args.batch_size):
+    args = runs.train_parser(__doc__).parse_args(argv)
+    with runs.one_line("train.py"), runs.joined(args.device, args.batch_size):
         print(json.dumps(run(settle(args))))
 
 

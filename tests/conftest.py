@@ -11,10 +11,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model as models
-import sources
+import tasks
 import train
 
-FETCH = sources._fetch
+FETCH = tasks._fetch
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def _no_network(monkeypatch):
     def refuse(name, original, root):
         raise OSError("tests download nothing")
 
-    monkeypatch.setattr(sources, "_fetch", refuse)
+    monkeypatch.setattr(tasks, "_fetch", refuse)
 
 
 @pytest.fixture

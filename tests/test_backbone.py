@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import backbone
 import model as models
-from backbone import ModelError
+from model import ModelError
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -25,7 +24,7 @@ def test_local_checkpoint_with_another_grid_and_head(tmp_path, suffix):
     )
     head = same.head.weight.clone()
     for net in (same, other):
-        backbone.load_checkpoint(net, path)
+        models.load_checkpoint(net, path)
         assert torch.equal(net.blocks[1].mlp.fc2.weight, source.blocks[1].mlp.fc2.weight)
     assert torch.equal(same.pos_embed, source.pos_embed) and torch.equal(same.head.weight, head)
     grid = source.pos_embed[:, 1:].reshape(1, 4, 4, 192).permute(0, 3, 1, 2)
@@ -36,18 +35,18 @@ def test_local_checkpoint_with_another_grid_and_head(tmp_path, suffix):
     )
     torch.testing.assert_close(other.pos_embed[:, 1:], want)
     with pytest.raises(ModelError, match="does not fit .*: it lacks blocks.2"):
-        backbone.load_checkpoint(
+        models.load_checkpoint(
             timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3), path
         )
     with pytest.raises(ModelError, match="it has unknown blocks.1"):
-        backbone.load_checkpoint(
+        models.load_checkpoint(
             timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1), path
         )
     with pytest.raises(ModelError, match="cannot load checkpoint|does not fit"):
-        backbone.load_checkpoint(timm.create_model("convnext_tiny"), path)
+        models.load_checkpoint(timm.create_model("convnext_tiny"), path)
     path.write_bytes(b"garbage")
     with pytest.raises(ModelError, match="cannot load checkpoint"):
-        backbone.load_checkpoint(same, path)
+        models.load_checkpoint(same, path)
 
 
 def test_a_pickle_with_code_is_not_run(tmp_path):
@@ -57,7 +56,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
 
     torch.save({"model": Evil()}, tmp_path / "w.pth")
     with pytest.raises(ModelError, match="cannot load checkpoint"):
-        backbone.load_checkpoint(backbone.create_backbone("vit_nano", 10), tmp_path / "w.pth")
+        models.load_checkpoint(models.create_backbone("vit_nano", 10), tmp_path / "w.pth")
     assert not (tmp_path / "owned").exists()
 
 
@@ -124,25 +123,25 @@ def test_google_npz(tmp_path):
 
 
 def test_every_tag_and_size_has_a_name():
-    assert backbone.input_size("vit_nano") == 28
-    assert backbone.input_size("vit_base_patch16_224.orig_in21k") == 224
-    net = backbone.create_backbone("vit_nano", 10)
-    digest = backbone.sha256(backbone.NANO_FILE)
-    assert backbone.weights_of(net, None, True)["sha256"] == digest
-    assert backbone.weights_of(net, None, False) == {"tag": "vit_nano.random"}
-    net = backbone.create_backbone("vit_tiny_patch16_224", 10, pretrained=False)
+    assert models.input_size("vit_nano") == 28
+    assert models.input_size("vit_base_patch16_224.orig_in21k") == 224
+    net = models.create_backbone("vit_nano", 10)
+    digest = models.sha256(models.NANO_FILE)
+    assert models.weights_of(net, None, True)["sha256"] == digest
+    assert models.weights_of(net, None, False) == {"tag": "vit_nano.random"}
+    net = models.create_backbone("vit_tiny_patch16_224", 10, pretrained=False)
     tag = timm.get_pretrained_cfg("vit_tiny_patch16_224").tag
-    assert backbone.weights_of(net, None, True) == {"tag": f"vit_tiny_patch16_224.{tag}"}
+    assert models.weights_of(net, None, True) == {"tag": f"vit_tiny_patch16_224.{tag}"}
 
 
 def test_vectors_and_positions_have_no_weight_decay():
     net = models.create("vit_nano", 10, pretrained=False, method="full")
-    decayed, exempt = backbone.parameter_groups(net, 0.1)
+    decayed, exempt = models.parameter_groups(net, 0.1)
     assert decayed["weight_decay"] == 0.1 and exempt["weight_decay"] == 0
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     want = {name for name, p in net.named_parameters() if p.ndim < 2} | {"pos_embed", "cls_token"}
     assert {names[id(parameter)] for parameter in exempt["params"]} == want
     assert len(decayed["params"]) + len(exempt["params"]) == len(names)
     adapted = models.create("vit_nano", 10, pretrained=False)
-    decayed, exempt = backbone.parameter_groups(adapted, 0.1)
+    decayed, exempt = models.parameter_groups(adapted, 0.1)
     assert len(decayed["params"]) == 2 * 6 + 1 and len(exempt["params"]) == 6 + 1  # lambda, bias

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import bench
-import figures
 import model as models
 
 
@@ -103,7 +102,7 @@ def test_a_measurement(capsys, monkeypatch):
         "--methods", "floor", "mlae", "full", "eval plain", "eval mlae", "--accumulate", 2,
     )  # fmt: skip
     result = json.loads(last)
-    rows = {row["method"]: row for row in result["sweeps"][0][1][0][1]}
+    rows = {row["method"]: row for row in result["rows"]}
     assert list(rows) == ["floor", "mlae", "full", "eval plain", "eval mlae"] and len(table) == 7
     assert rows["floor"]["over floor"] == [1, 1, 1] and "over floor" not in rows["eval mlae"]
     assert {method: row["memory_mb"] for method, row in rows.items()} == peaks
@@ -137,7 +136,7 @@ def test_options_are_methods_of_their_own(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     methods = ["mlae", "mlae+compile", "mlae+accumulate4+bf16", "mlae+fp16"]
     *_, last = call(capsys, *COMMON, "--methods", *methods)
-    rows = json.loads(last)["sweeps"][0][1][0][1]
+    rows = json.loads(last)["rows"]
     for row in rows:
         assert (
             row["gflops"] == pytest.approx(rows[0]["gflops"], rel=0.1)
@@ -151,43 +150,19 @@ def test_recomputing_counts(capsys):
     except SystemExit:  # timm's reentrant checkpoints of old
         assert "this timm loses gradients" in capsys.readouterr().err
         return
-    plain, again = json.loads(last)["sweeps"][0][1][0][1]
+    plain, again = json.loads(last)["rows"]
     assert again["gflops"] > 1.3 * plain["gflops"]
-
-
-def test_sweeps_and_their_plot(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
-    sweeps = ["--sweep", "rank", 1, 2, "--sweep", "targets", "attn.qkv", "attn.qkv,mlp.fc1"]
-    methods = ["--methods", "floor", "mlae", "eval mlae"]
-    *_, last = call(capsys, *COMMON, *methods, *sweeps, "--plot", tmp_path / "cost.png")
-    (first, ranks), (second, targets) = json.loads(last)["sweeps"]
-    assert (first, second) == ("rank", "targets") and [value for value, _ in ranks] == ["1", "2"]
-    assert targets[1][1][1]["gflops"] > 1.02 * targets[0][1][1]["gflops"]
-    assert (tmp_path / "cost.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plot", "x.png"], "--plot draws a --sweep"),
-        (["--sweep", "rank"], "--sweep rank: expected a flag"),
-        (["--sweep", "colour", "1"], "unrecognized arguments: --colour 1"),
-        (
-            ["--sweep", "device", "cpu"],
-            "--sweep device: expected a flag of a step",
-        ),
-        (["--sweep", "rank", "x"], "argument --rank: invalid int value: 'x'"),
-        (["--sweep", "rank", "8", "0"], "argument --rank: must be 1 or more, not 0"),
         (["--model", "vit_nanoo"], "timm has no model 'vit_nanoo'"),
         (["--methods", "mlea"], "--methods 'mlea': there are mlae, lora"),
         (["--methods", "eval mlae+accumulate4"], "scoring has no backward pass"),
         (
             ["--methods", "floor", "--model", "resnet18", "--no-memory"],
             "has no blocks.0.norm1.bias",
-        ),
-        (
-            ["--methods", "mlae", "--sweep", "rank", "1", "--plot", "no/x.png"],
-            "no/x.png: expected a .png",
         ),
         (["--methods", "mlae+fp8"], "--methods 'mlae+fp8': there are mlae, lora"),
         (["--rounds", "0"], "argument --rounds: must be 1 or more, not 0"),
@@ -201,14 +176,3 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message):
     assert stop.value.code == 2 and captured.err.count("\n") == 1 and message in captured.err, (
         captured.err
     )
-
-
-def test_a_picture_has_a_line_for_each_of_many_methods(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    names = [f"method {number}" for number in range(14)]
-    rows = [{"method": name, "seconds": 1.0, "memory_mb": None} for name in names]
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path, dpi: drawn.append(figure))
-    figures.draw_sweeps([("rank", [("8", rows)])], tmp_path / "x.png")
-    (axis,) = drawn[0].axes
-    assert [line.get_label() for line in axis.lines] == names

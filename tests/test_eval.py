@@ -12,12 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import backbone
 import data
 import eval as evaluation
 import model as models
-import predictions
-import prune
+import runs
 import train
 
 
@@ -62,14 +60,16 @@ def test_eval_of_what_is_not_the_run_it_was(run, capsys, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     for folder in (tmp_path / "absent", tmp_path):
         code, _, err = score_again(capsys, folder)
-        assert code == 2 and err.count("\n") == 1 and "is not a run of train.py" in err
+        assert code == 2 and err.count("\n") == 1 and str(folder) in err
     folder = Path(run("--method", "linear")["run"])
     other = tmp_path / "other.safetensors"
-    changed = load_file(backbone.NANO_FILE)
+    changed = load_file(models.NANO_FILE)
     save_file({key: value + 1 for key, value in changed.items()}, other)
     code, _, err = score_again(capsys, folder, "--checkpoint", other)
     assert code == 2 and "sha256 differs" in err
-    monkeypatch.setattr(models, "merge", lambda model: models.create("vit_nano", 10, img_size=14))
+    monkeypatch.setattr(
+        evaluation, "merge", lambda model: models.create("vit_nano", 10, img_size=14)
+    )
     code, out, _ = score_again(capsys, folder)
     assert code == 1 and "they agree" not in out
 
@@ -78,7 +78,7 @@ def test_a_confidence_on_an_edge_belongs_to_the_bin_below():
     logits = torch.tensor([[0.0, 0.0], [0.6, 0.0]])  # confidences 0.5 and 0.6456...
     sure = 1 / (1 + np.exp(-0.6))
     apart = (0.5 + sure) / 2  # 1 right at 0.5 and 0 right at 0.65, each in a bin of its own
-    found = predictions.calibration_error(logits, torch.tensor([0, 1]), bins=4)
+    found = evaluation.calibration_error(logits, torch.tensor([0, 1]), bins=4)
     assert found == pytest.approx(apart, abs=1e-7)
 
 
@@ -98,20 +98,20 @@ def test_scores_against_their_formulas():
             error += rows.mean() * gap
     order = probabilities.argsort(1)[:, -5:]
     top5 = np.mean((order == truth[:, None]).any(1))
-    found = predictions.score(logits, labels)
+    found = evaluation.score(logits, labels)
     assert found["mean_class_top1"] == pytest.approx(100 * np.mean(means), abs=0.005)
     assert found["mean_class_top1"] != found["top1"]
-    assert predictions.calibration_error(logits, labels) == pytest.approx(error, abs=1e-12)
+    assert evaluation.calibration_error(logits, labels) == pytest.approx(error, abs=1e-12)
     names = [str(label) for label in range(7)]
-    assert f"top-5 {100 * top5:.2f} %" in predictions.report(logits, labels, names)
+    assert f"top-5 {100 * top5:.2f} %" in evaluation.report(logits, labels, names)
     table = np.zeros((7, 7), int)
     np.add.at(table, (truth, guess), 1)
     np.fill_diagonal(table, 0)
-    pairs = predictions.confused(logits, labels)
+    pairs = evaluation.confused(logits, labels)
     assert [count for *_, count, _ in pairs] == sorted(table.flatten())[::-1][:5]
     for label, taken, count, images in pairs:
         assert table[label, taken] == count and images == (truth == label).sum()
-    assert predictions.confused(torch.eye(3), torch.arange(3)) == []
+    assert evaluation.confused(torch.eye(3), torch.arange(3)) == []
 
 
 def rows_of(text):
@@ -202,22 +202,24 @@ def test_pruning_keeps_the_largest_updates(nano, images):
             update = layer.lora_lambda[i] * torch.outer(layer.lora_B[:, i], layer.lora_A[i])
             norms[name, i] = update.double().norm().item()
     for amount in (2, 6):
-        for name, numbers in prune.kept(net, amount).items():
+        for name, numbers in evaluation.kept_experts(net, amount).items():
             best = sorted(range(6), key=lambda i: norms[name, i])[6 - amount :]  # noqa: B023
             assert numbers == sorted(best) or amount == 6
-    share = prune.kept(net, 0.25)
+    share = evaluation.kept_experts(net, 0.25)
     found = [(name, i) for name, numbers in share.items() for i in numbers]
     assert set(found) == set(sorted(norms, key=norms.get)[-18:])
     logits = net(images)
-    assert torch.allclose(prune.prune(net, prune.kept(net, 6))(images), logits, atol=1e-5)
+    assert torch.allclose(
+        evaluation.prune(net, evaluation.kept_experts(net, 6))(images), logits, atol=1e-5
+    )
     for name, layer in models.adapters(net).items():  # the others switched off, in place
         off = [i for i in range(6) if i not in share[name]]
         layer.lora_lambda.data[off] = 0
-    pruned = prune.prune(net, share)
+    pruned = evaluation.prune(net, share)
     assert torch.allclose(pruned(images), net(images), atol=1e-5)
     assert not torch.allclose(net(images), logits, atol=1e-3)
-    experts, parameters = prune.size(pruned)
-    assert experts == 18 and parameters < prune.size(net)[1] / 3
+    experts, parameters = evaluation.size(pruned)
+    assert experts == 18 and parameters < evaluation.size(net)[1] / 3
 
 
 def spoil_one_layer(folder):
@@ -315,7 +317,7 @@ def wrong_place(tmp_path_factory):
     """A run among files that are in the way."""
     top = tmp_path_factory.mktemp("wrong")
     arguments = ["--device", "cpu", "--epochs", 1, "--img-size", 14, "--out", top / "runs"]
-    metrics = train.run(train.settle(train.train_parser().parse_args([*map(str, arguments)])))
+    metrics = train.run(runs.settle(runs.train_parser().parse_args([*map(str, arguments)])))
     folder = top / "run"
     os.rename(metrics["run"], folder)
     for name in ("there", "folder.safetensors", "folder.csv", "broken"):
@@ -359,7 +361,7 @@ def test_only_experts_with_a_lambda_are_pruned(run, capsys, method):
 def test_one_bad_file_in_a_folder_stops_no_prediction(tmp_path, capsys):
     Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
-    images = predictions.open_images(tmp_path, 28, "none")
+    images = evaluation.images_to_predict(tmp_path, 28, "none")
     assert [path.name for path in images.files] == ["good.png"]
     assert "left out: 1 files that cannot be read: bad.png" in capsys.readouterr().err
 

@@ -10,11 +10,10 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-import backbone
 import eval as evaluation
 import export
 import model as models
-from baselines import METHODS
+from methods import METHODS
 
 SETTINGS = {
     "experts": {},
@@ -37,7 +36,7 @@ def active(net):
 def plain_timm(net):
     """The timm model that `net` started from, made by timm, with another head."""
     plain = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=10, **backbone.NANO, pretrained=False
+        "vit_tiny_patch16_224", num_classes=10, **models.NANO, pretrained=False
     )
     own = {}
     for key, value in net.state_dict().items():
@@ -52,7 +51,7 @@ def plain_timm(net):
 def test_peft_gives_the_same_logits(nano, images, tmp_path, settings):
     peft = pytest.importorskip("peft")
     net = active(nano(rank=3, **SETTINGS[settings]))
-    models.export_peft(net, tmp_path / "new" / "adapter")
+    export.export_peft(net, tmp_path / "new" / "adapter")
     plain = plain_timm(net)
     with torch.no_grad():
         before, logits = plain(images), net(images)
@@ -71,16 +70,16 @@ def test_peft_of_what_is_no_lora(nano, tmp_path):
         kind = models.adapters(net)
         is_lora = kind and all(hasattr(layer, "lora_lambda") for layer in kind.values())
         if is_lora:
-            models.export_peft(net, tmp_path / method)
+            export.export_peft(net, tmp_path / method)
             assert (tmp_path / method / "adapter_config.json").exists()
         else:
             with pytest.raises(models.ModelError, match="PEFT's LoRA"):
-                models.export_peft(net, tmp_path / method)
+                export.export_peft(net, tmp_path / method)
             assert not (tmp_path / method).exists()
     net = nano()
     net.norm.weight.requires_grad_(True)
     with pytest.raises(models.ModelError, match="norm.weight"):
-        models.export_peft(net, tmp_path / "thawed")
+        export.export_peft(net, tmp_path / "thawed")
 
 
 def handed_out(capsys, folder, kind, path):
@@ -161,7 +160,7 @@ def test_an_export_that_differs_is_not_kept(finished, capsys, tmp_path, monkeypa
         merged.head.bias.data += 0.1
         return merged
 
-    monkeypatch.setattr(models, "merge", wrong)
+    monkeypatch.setattr(export, "merge", wrong)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(folder), "--export", "timm", str(tmp_path / "new.safetensors")])

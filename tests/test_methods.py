@@ -15,13 +15,11 @@ from conftest import log, stop_after
 from safetensors.torch import load_file
 from torch import nn
 
-import backbone
-import budget
 import eval as evaluation
+import methods
 import model as models
 import runs
-import snell
-from baselines import METHODS, MoRLinear, SNELLLinear, allocate_sparsity, orthogonality
+from methods import METHODS, MoRLinear, SNELLLinear, allocate_sparsity, orthogonality
 from mlae import set_mask_prob
 
 NEW = ("rmlora", "mor", "snell", "snella", "bitfit", "layernorm")
@@ -100,7 +98,7 @@ def test_numbers_of_parameters_by_formula():
     four = [(dim, 3 * dim), *six[3:]]
 
     def size(method, sizes):
-        return budget.adapter_size(method, named(sizes), rank=rank)
+        return models.adapter_size(method, named(sizes), rank=rank)
 
     assert size("snell", 12 * six) == 165_888 * rank
     assert size("snell", 12 * four) == 147_456 * rank
@@ -117,11 +115,11 @@ def test_numbers_of_parameters_by_formula():
 def test_a_budget_counts_what_trains_and_all_of_it_learns(method, targets, images, capsys):
     args = argparse.Namespace(model="vit_nano", img_size=28, targets=targets, method=method)
     vars(args).update(METHODS[method].settings, budget=30_000)
-    rank = budget.rank_within(args)
+    rank = models.rank_within(args)
     net = make(method, targets=targets, rank=rank).train()
     if method == "mlae":
         set_mask_prob(net, 0.0)
-    counts = backbone.count_parameters(net)
+    counts = models.count_parameters(net)
     adapters = counts["trainable"] - counts["head"]
     assert f"rank {rank} is nearest, with {adapters:,} parameters" in capsys.readouterr().out
     for _ in range(3):
@@ -156,14 +154,14 @@ def test_layer_norms_are_known_by_their_class():
     ],
 )
 def test_the_rank_nearest_to_a_budget(method, amount, want):
-    assert budget.nearest_rank(method, named(12 * [(768, 2304)]), amount) == want
+    assert models.nearest_rank(method, named(12 * [(768, 2304)]), amount) == want
 
 
 def test_no_rank_for_a_method_without_one_or_with_a_wrong_setting():
     with pytest.raises(ValueError, match="bitfit has no rank"):
-        budget.nearest_rank("bitfit", {"fc": (8, 8)}, 100)
+        models.nearest_rank("bitfit", {"fc": (8, 8)}, 100)
     with pytest.raises(ValueError, match="gate must be one of code, paper, not 'x'"):
-        budget.nearest_rank("snell", {"fc": (8, 8)}, 100, gate="x")
+        models.nearest_rank("snell", {"fc": (8, 8)}, 100, gate="x")
 
 
 # ---- SNELL and SNELLA
@@ -234,9 +232,9 @@ def test_the_quantile_is_numpys():
     values = torch.randn(101, dtype=torch.float64)
     for share in (0.0, 0.123, 0.5, 0.9, 0.999, 1.0):
         want = np.quantile(values.numpy(), share)
-        assert snell.quantile(values, share).item() == pytest.approx(want)
+        assert methods.quantile(values, share).item() == pytest.approx(want)
     ties = torch.tensor([3.0, 1.0, 1.0, 1.0])
-    assert snell.quantile(ties, 0.5) == 1 and snell.quantile(ties, 5 / 6) == 2
+    assert methods.quantile(ties, 0.5) == 1 and methods.quantile(ties, 5 / 6) == 2
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -670,8 +668,8 @@ scores = {}
 for folder in sys.argv[1:]:
     model, config = evaluation.load_run(folder)
     args = config["arguments"]
-    normalize = evaluation.create_normalizer(args, model)
-    _, images = evaluation.load_data(args)
+    normalize = data.create_normalizer(args, model)
+    _, images = data.load_data(args)
     scores[folder] = evaluation.evaluate(model, images, normalize, workers=0)["loss"]
 print(json.dumps(scores))
 """

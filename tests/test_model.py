@@ -11,11 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import backbone
 import model as models
-from backbone import ModelError
-from baselines import METHODS
+from methods import METHODS
 from mlae import MLAELinear
+from model import ModelError
 
 
 def plain_nano():
@@ -63,7 +62,7 @@ def test_exactly_experts_and_head_train():
 
 def test_vit_base_has_the_published_number_of_parameters_and_a_small_adapter(tmp_path):
     net = models.create("vit_base_patch16_224", 47, pretrained=False)
-    counts = backbone.count_parameters(net)
+    counts = models.count_parameters(net)
     assert counts["head"] == 47 * 769
     assert counts["trainable"] - counts["head"] == 8 * (768 + 2304 + 1) * 12 == 295_008
     assert counts["total"] == sum(p.numel() for p in net.parameters())
@@ -81,7 +80,7 @@ def test_q_and_v_alone(nano, images):
         assert q.any() and not k.any() and v.any()
         assert layer.lora_B.shape == (2 * 96, 8)
     both, whole = nano(targets=["attn.q", "attn.k", "attn.v"]), nano(targets=["attn.qkv"])
-    assert backbone.count_parameters(both) == backbone.count_parameters(whole)
+    assert models.count_parameters(both) == models.count_parameters(whole)
     assert models.merge(net).eval()(images).isfinite().all()
 
 
@@ -109,7 +108,7 @@ def test_families_of_timm(name, targets, count, kwargs):
     (sum(o.sum() for o in out) if isinstance(out, tuple) else out.sum()).backward()
     assert all(layer.lora_B.grad.any() for layer in models.adapters(net).values())
     trained = {n.rsplit(".", 1)[0] for n, p in net.named_parameters() if p.requires_grad}
-    assert trained == set(names) | set(backbone.heads(net))
+    assert trained == set(names) | set(models.heads(net))
     plain = small(name, **kwargs)
     plain.load_state_dict(models.merge(net).state_dict())
 
@@ -260,7 +259,7 @@ def test_merged_model_is_timms(nano, images):
     before = copy.deepcopy(net.state_dict())
     merged = models.merge(net)
     assert not models.adapters(merged)
-    timm.create_model("vit_tiny_patch16_224", num_classes=10, **backbone.NANO).load_state_dict(
+    timm.create_model("vit_tiny_patch16_224", num_classes=10, **models.NANO).load_state_dict(
         merged.state_dict()
     )
     with torch.no_grad():
@@ -353,7 +352,7 @@ def test_adapters_that_do_not_fit(nano, tmp_path):
     with pytest.raises(ModelError, match="head.wieght"):
         models.load_adapter(nano(), other)
     other.write_bytes(b"not safetensors")
-    with pytest.raises(ModelError, match="cannot read adapter"):
+    with pytest.raises(ModelError, match="cannot load adapter"):
         models.load_adapter(nano(), other)
 
 

@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 
 import data
-import originals
-import sources
 import splits
+import tasks
 from splits import CUTS, Cut, DataError, Missing, Slice
 
 # fmt: off
@@ -48,7 +47,7 @@ def sha256(words):
 @pytest.fixture(autouse=True)
 def _formats(monkeypatch):
     """Files may be empty here."""
-    monkeypatch.setattr(sources, "image_format", lambda item, where: "JPEG")
+    monkeypatch.setattr(tasks, "image_format", lambda item, where: "JPEG")
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def made_up(monkeypatch):
 
 def cut(name, root, roles=ROLES):
     """(images, labels) of the task's slices."""
-    found = sources.read_originals(data.TASKS[name], root, roles, "original", True)
+    found = tasks.read_originals(data.TASKS[name], root, roles, "original", True)
     return [(found.images[role], found.labels[role]) for role in roles]
 
 
@@ -85,7 +84,7 @@ class Listed:
 def listed(monkeypatch, root, place, names):
     """Let the originals in <root>/<place> have these names."""
     (root / place).mkdir(parents=True)
-    monkeypatch.setattr(originals, "find", lambda *arguments: Listed(root / place, names))
+    monkeypatch.setattr(tasks, "find", lambda *arguments: Listed(root / place, names))
 
 
 def small(monkeypatch, name, counts, *slices):
@@ -116,7 +115,7 @@ def test_caltech101_slices_are_the_official_ones(caltech):
     """By the counts of TFDS's metadata, the digests of the facts, and a prepared copy's labels."""
     assert sum(CALTECH.values()) == 9144
     task = data.TASKS["caltech101"]
-    found = sources.read_originals(task, caltech, ROLES, "original", True)
+    found = tasks.read_originals(task, caltech, ROLES, "original", True)
     assert CUTS["caltech101"].counts == {"train": 3060, "test": 6084}
     assert found.digests == {
         "train800": "b508d3bc3b228f01e14401b4ba49bcb5a14b69174d292aada61e848f54fc84fd",
@@ -271,7 +270,7 @@ def test_cifar_rows(tmp_path, monkeypatch, made_up):
             pickle.dump({"data": pixels[part], "fine_labels": labels}, file)
         pixels[part + " labels"] = labels
         md5 = hashlib.md5((tmp_path / "cifar-100-python" / part).read_bytes()).hexdigest()
-        monkeypatch.setattr(originals.datasets.CIFAR100, f"{part}_list", [[part, md5]])
+        monkeypatch.setattr(tasks.datasets.CIFAR100, f"{part}_list", [[part, md5]])
     slices = ("train", 0, 80), ("train", 90, 20), ("test", 0, 30)
     small(monkeypatch, "cifar", {"train": 120, "test": 30}, *slices)
     (train, labels), (val, _), (test, _) = cut("cifar", tmp_path)
@@ -306,7 +305,7 @@ def test_svhn_digit_zero_is_class_zero(tmp_path, monkeypatch, made_up):
     labels = {part: rng.integers(1, 11, value.shape[-1]) for part, value in images.items()}
     for part in images:
         savemat(tmp_path / f"{part}_32x32.mat", {"X": images[part], "y": labels[part][:, None]})
-    monkeypatch.setattr(originals.datasets.SVHN, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(tasks.datasets.SVHN, "_check_integrity", lambda self: True)
     slices = ("train", 0, 40), ("train", 50, 10), ("test", 0, 9)
     small(monkeypatch, "svhn", {"train": 60, "test": 9}, *slices)
     (train, got), _, (test, _) = cut("svhn", tmp_path)
@@ -471,7 +470,7 @@ def test_kitti_videos_and_distances(tmp_path, monkeypatch, made_up):
 
 
 def test_packages_that_reading_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Missing, match="svhn: reading the originals needs scipy: pip install scipy"):
         cut("svhn", tmp_path)
 
@@ -481,7 +480,7 @@ def test_resisc45_slices(tmp_path, monkeypatch):
     for name, count in splits.CONSTANTS["classes"]["resisc45"].items():
         names[name] = [f"{name}_{i:03}.jpg" for i in range(1, count + 1)]
     listed(monkeypatch, tmp_path, "NWPU-RESISC45", names)
-    found = sources.read_originals(data.TASKS["resisc45"], tmp_path, ROLES, "original", True)
+    found = tasks.read_originals(data.TASKS["resisc45"], tmp_path, ROLES, "original", True)
     assert found.digests["train800"].startswith("7c42d524") and len(found.images["test"]) == 6300
     assert found.digests["val200"].startswith("2a2bb0da")
     classes = sorted(names)
@@ -506,7 +505,7 @@ def test_sun397_folder(tmp_path, monkeypatch, made_up):
         asked.append(sorted(keys))
         return {"train": ([names[2], names[0]], [1, 0])}.get(name, ([names[1]], [1]))
 
-    monkeypatch.setattr(originals, "sun397_split", split)
+    monkeypatch.setattr(tasks, "sun397_split", split)
     counts = {"train": 2, "validation": 1, "test": 1}
     small(monkeypatch, "sun397", counts, ("train", 0, 2), ("validation", 0, 1), ("test", 0, 1))
     (train, labels), (val, _), _ = cut("sun397", tmp_path)
@@ -535,7 +534,7 @@ def masked_crc(message):
 def test_crc32c_is_the_standards():
     assert crc32c_by_hand(b"123456789") == 0xE3069283  # RFC 3720's polynomial, its check value
     blocks = [b"123456789", bytes(32), bytes(range(256)) * 3, b"1234"]
-    got = originals.crc32c([memoryview(block) for block in blocks])
+    got = tasks.crc32c([memoryview(block) for block in blocks])
     assert got.tolist() == [crc32c_by_hand(block) for block in blocks]
 
 

@@ -11,15 +11,10 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-import figures
-import inside
-import pictures
 import plot
-import sweeps
 import train
-from backbone import create_backbone
-from files import RunError, read_log
-from runs import Result
+from model import create_backbone
+from runs import Result, RunError, read_log
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 SMALL = ["--device", "cpu", "--epochs", "2", "--img-size", "14", "--batch-size", "250"]
@@ -103,11 +98,6 @@ def test_one_file_means_the_curves_unless_one_kind_is_named(trained, tmp_path, c
     assert {path.name for path in tmp_path.iterdir()} == {"a.pdf", "b.png"}
 
 
-def test_the_picture_of_the_method(tmp_path):
-    draw("--method-picture", tmp_path / "method.png")
-    assert (tmp_path / "method.png").stat().st_size > 5000
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,7 +113,6 @@ def test_the_picture_of_the_method(tmp_path):
         (["RUN", "--out", "no/x.png"], "no/x.png: expected a .png"),
         (["RUN", "--sweep", "rank"], "--sweep rank: no run was repeated with another value"),
         (["absent", "--sweep", "lr"], "--sweep: there is no finished run in absent"),
-        (["--method-picture", "x.txt"], "x.txt: expected a .png"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -139,7 +128,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_without_matplotlib_there_is_one_line(run, monkeypatch, capsys):
-    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
         draw(run)
     err = capsys.readouterr().err
@@ -179,8 +168,8 @@ def test_seeds_of_unequal_length_are_no_line(run, trained):
 
 
 def test_similarity_lambda_and_importance_by_hand(trained):
-    runs = [inside.Run(trained[name], name) for name in ("zero", "fixed")]
-    figure = pictures.draw_experts(runs)
+    runs = [plot.Run(trained[name], name) for name in ("zero", "fixed")]
+    figure = plot.draw_experts(runs)
     parts = figure.subfigs[:2]
     for part, name in zip(parts, ("zero", "fixed"), strict=True):
         state = load_file(trained[name] / "adapter.safetensors")
@@ -214,7 +203,7 @@ def test_similarity_lambda_and_importance_by_hand(trained):
 
 
 def test_fixed_masks_are_a_matrix(trained):
-    figure = pictures.draw_masks([inside.Run(trained["fixed"], "fixed")])
+    figure = plot.draw_masks([plot.Run(trained["fixed"], "fixed")])
     state = load_file(trained["fixed"] / "adapter.safetensors")
     want = [state[f"blocks.{number}.attn.qkv.expert_mask"].numpy() for number in range(6)]
     (axis,) = figure.axes
@@ -225,13 +214,13 @@ def test_fixed_masks_are_a_matrix(trained):
 
 
 def test_keep_rates_of_random_masks(trained):
-    (axis,) = pictures.draw_masks([inside.Run(trained["zero"], "zero")]).axes
+    (axis,) = plot.draw_masks([plot.Run(trained["zero"], "zero")]).axes
     assert [bar.get_width() for bar in axis.patches] == [0.5] * 6
 
 
 def test_keep_rates_over_a_schedule_agree_with_the_log(trained):
-    run = inside.Run(trained["increase"], "increase")
-    (rates,) = maps(pictures.draw_masks([run]))  # (layers, epochs)
+    run = plot.Run(trained["increase"], "increase")
+    (rates,) = maps(plot.draw_masks([run]))  # (layers, epochs)
     logged = [row["mask_prob"] for row in read_log(trained["increase"] / "log.csv")]
     np.testing.assert_allclose(1 - rates.mean(0), logged, atol=1e-5)
     assert rates[0, -1] == 1 and rates[2, -1] < rates[1, -1] < 1  # dense at both ends
@@ -249,7 +238,7 @@ def test_attention_of_the_class_token_by_its_formula(nano, images, fused):
     hook = last.qkv.register_forward_hook(lambda *call: seen.append(call[-1].detach().double()))
     want = net(images)
     hook.remove()
-    rows, logits = inside.class_attention(net, images)
+    rows, logits = plot.class_attention(net, images)
     batch, tokens, width = seen[0].shape
     q, k, _ = seen[0].view(batch, tokens, 3, 3, width // 9).permute(2, 0, 3, 1, 4)
     scores = torch.einsum("bhd,bhnd->bhn", q[:, :, 0], k) / math.sqrt(width // 9)
@@ -260,29 +249,27 @@ def test_attention_of_the_class_token_by_its_formula(nano, images, fused):
 
 
 def test_attention_before_is_the_plain_backbones(trained):
-    run = inside.Run(trained["zero"], "zero")
+    run = plot.Run(trained["zero"], "zero")
     found = run.attention
     plain = create_backbone("vit_nano", 10, img_size=14)
     x = found.images.float() / 255
     mean, std = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])[:, :, None, None]
-    rows, _ = inside.class_attention(plain, (x - mean) / std)
+    rows, _ = plot.class_attention(plain, (x - mean) / std)
     torch.testing.assert_close(found.before.flatten(1), rows[:, 1:])
     assert found.names == list("012345") and found.before.shape == (6, 2, 2)
     assert [run.images.labels.tolist().index(i) for i in range(6)] == [
         next(i for i, (image, _) in enumerate(run.images) if image.equal(picture))
         for picture in found.images
     ]
-    _, before, after = np.split(
-        np.stack([m for m in maps(pictures.draw_attention([run]))[6:]]), [0, 6]
-    )
+    _, before, after = np.split(np.stack([m for m in maps(plot.draw_attention([run]))[6:]]), [0, 6])
     np.testing.assert_allclose(before, found.before)
     np.testing.assert_allclose(after, found.after)
 
 
 def test_register_tokens_are_no_patches():
     net = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=28, depth=1, num_classes=2)
-    rows, _ = inside.class_attention(net, torch.randn(2, 3, 28, 28))
-    assert rows.shape == (2, 1 + 4 + 4) and inside.patch_map(net, rows).shape == (2, 2, 2)
+    rows, _ = plot.class_attention(net, torch.randn(2, 3, 28, 28))
+    assert rows.shape == (2, 1 + 4 + 4) and plot.patch_map(net, rows).shape == (2, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -296,29 +283,29 @@ def test_register_tokens_are_no_patches():
     ids=["pooled", "convolutions"],
 )
 def test_a_model_without_a_class_token_is_refused(model):
-    with pytest.raises(inside.NoPicture, match="has no class token"):
-        inside.class_attention(model(), torch.randn(1, 3, 32, 32))
+    with pytest.raises(plot.NoPicture, match="has no class token"):
+        plot.class_attention(model(), torch.randn(1, 3, 32, 32))
 
 
 def test_attention_of_other_images_is_not_compared(trained):
-    one, two = inside.Run(trained["zero"], "a"), inside.Run(trained["one"], "b")
-    pictures.draw_attention([one, two])
+    one, two = plot.Run(trained["zero"], "a"), plot.Run(trained["one"], "b")
+    plot.draw_attention([one, two])
     two.attention.images[0] = 0
-    with pytest.raises(inside.NoPicture, match="b has other images or another backbone"):
-        pictures.draw_attention([one, two])
+    with pytest.raises(plot.NoPicture, match="b has other images or another backbone"):
+        plot.draw_attention([one, two])
 
 
 # --- confusion -----------------------------------------------------------------------------------
 
 
 def test_the_confusion_matrix_is_what_was_scored(trained):
-    run = inside.Run(trained["zero"], "zero")
+    run = plot.Run(trained["zero"], "zero")
     counts = run.confusion
     metrics = json.loads((trained["zero"] / "metrics.json").read_text())
     assert counts.sum() == 797 and counts.sum(1).equal(run.images.labels.bincount())
     top1 = 100 * counts.trace().item() / 797
     assert top1 == pytest.approx(metrics["test_top1"], abs=0.006)
-    figure = pictures.draw_confusion([run])
+    figure = plot.draw_confusion([run])
     (shares,) = maps(figure)
     np.testing.assert_allclose(shares, counts / counts.sum(1, keepdim=True))
     texts = {(text.get_position(), text.get_text()) for text in figure.axes[0].texts}
@@ -331,21 +318,21 @@ def test_class_names_come_from_the_run(run):
     config = json.loads((run / "config.json").read_text())
     names = ["nought", "$one", *"23456789"]
     (run / "config.json").write_text(json.dumps(config | {"class_names": names}))
-    figure = pictures.draw_confusion([inside.Run(run, "mlae")])
+    figure = plot.draw_confusion([plot.Run(run, "mlae")])
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == names
     (run / "config.json").write_text(json.dumps(config | {"class_names": names[:3]}))
-    with pytest.raises(RunError, match="class_names: 3 of the 10 of digits"):
-        _ = inside.Run(run, "mlae").classes
+    with pytest.raises(RunError, match="3 of the 10 classes"):
+        _ = plot.Run(run, "mlae").classes
 
 
 def test_of_many_classes_the_most_confused_are_shown(trained):
-    run = inside.Run(trained["zero"], "many")
+    run = plot.Run(trained["zero"], "many")
     counts = 9 * torch.eye(40, dtype=torch.long)
     for number in range(16):
         counts[2 * number + 1, 38] = 20 - number  # 38 is taken for all of them
     run.confusion = counts
     run.classes = [f"class {i}" for i in range(40)]
-    (axis, _) = pictures.draw_confusion([run]).axes
+    (axis, _) = plot.draw_confusion([run]).axes
     shown = [text.get_text() for text in axis.get_yticklabels()]
     assert shown == [f"class {i}" for i in [*range(1, 29, 2), 38]]
     assert axis.images[0].get_array()[0, 14] == pytest.approx(20 / 29)
@@ -369,9 +356,9 @@ def test_a_sweep_is_mean_and_interval_over_seeds():
     for p, top1 in scores.items():
         results += [result(value, seed, mask_prob=p) for seed, value in enumerate(top1)]
     results += [result(95.0 + seed, seed, method="lora", mask_prob=None) for seed in (0, 1)]
-    found = sweeps.read_sweep(results[::-1], "mask_prob")
+    found = plot.read_sweep(results[::-1], "mask_prob")
     assert list(found) == [("digits", "test")]
-    (axis,) = sweeps.draw_sweep(found, "mask_prob").axes
+    (axis,) = plot.draw_sweep(found, "mask_prob").axes
     (bars,) = axis.containers
     line, _, (errors,) = bars
     means = [np.mean(values) for values in scores.values()]
@@ -395,15 +382,15 @@ def test_a_learning_rate_chosen_for_each_value_breaks_no_line():
     results = [
         result(90.0, seed, mask_prob=p, lr=lr) for p, lr in chosen.items() for seed in (0, 1)
     ]
-    (lines,) = sweeps.read_sweep(results, "mask_prob").values()
+    (lines,) = plot.read_sweep(results, "mask_prob").values()
     assert {name: list(points) for name, points in lines.items()} == {"mlae": list(chosen)}
     grid = [result(9.0, 0, "val", mask_prob=p, lr=lr) for p in chosen for lr in (0.004, 0.008)]
-    both = sweeps.read_sweep(results + grid, "mask_prob")
+    both = plot.read_sweep(results + grid, "mask_prob")
     assert list(both) == [("digits", "test"), ("digits", "val")]
     assert list(both["digits", "val"]) == ["mlae lr=0.004", "mlae lr=0.008"]
-    (over_lr,) = sweeps.read_sweep(grid, "lr").values()
+    (over_lr,) = plot.read_sweep(grid, "lr").values()
     assert list(over_lr) == [f"mlae mask_prob={p}" for p in chosen]
-    (axis,) = sweeps.draw_sweep({("digits", "val"): over_lr}, "lr").axes
+    (axis,) = plot.draw_sweep({("digits", "val"): over_lr}, "lr").axes
     assert axis.get_xscale() == "log"
     assert [text.get_text() for text in axis.get_xticklabels()] == ["0.004", "0.008"]
 
@@ -411,24 +398,24 @@ def test_a_learning_rate_chosen_for_each_value_breaks_no_line():
 def test_two_settings_that_go_together_stay_two_lines():
     pairs = ({"rank": 4, "targets": ["attn.qkv"]}, {"rank": 8, "targets": ["mlp.fc1"]})
     results = [result(90.0, 0, mask_prob=p, **pair) for p in (0.0, 0.5) for pair in pairs]
-    (lines,) = sweeps.read_sweep(results, "mask_prob").values()
+    (lines,) = plot.read_sweep(results, "mask_prob").values()
     assert len(lines) == 2 and all(len(points) == 2 for points in lines.values())
 
 
 def test_words_and_lists_are_places_on_the_axis():
     results = [result(80.0 + i, 0, targets=names) for i, names in enumerate((["b"], ["a", "c"]))]
-    sweep = sweeps.read_sweep(results, "targets")
-    (axis,) = sweeps.draw_sweep(sweep, "targets").axes
+    sweep = plot.read_sweep(results, "targets")
+    (axis,) = plot.draw_sweep(sweep, "targets").axes
     assert [text.get_text() for text in axis.get_xticklabels()] == ["a,c", "b"]
     assert list(axis.containers[0][0].get_ydata()) == [81.0, 80.0]
 
 
 def test_wide_intervals_leave_the_plot():
-    decays = sweeps.ruler({"a": {0.0: {}, 1e-4: {}, 1e-2: {}}}, "weight_decay")
+    decays = plot.ruler({"a": {0.0: {}, 1e-4: {}, 1e-2: {}}}, "weight_decay")
     assert not decays.logarithmic and decays.place(0.0) == 0.0  # no log of 0
-    low, high = sweeps.limits([(90.0, -100.0, 280.0), (94.0, None, None)])
+    low, high = plot.limits([(90.0, -100.0, 280.0), (94.0, None, None)])
     assert (low, high) == pytest.approx((85.8, 98.2))
-    assert sweeps.limits([(99.0, 98.0, 104.0)]) == pytest.approx((97.95, 100.05))
+    assert plot.limits([(99.0, 98.0, 104.0)]) == pytest.approx((97.95, 100.05))
 
 
 def test_the_command_of_a_sweep(run, trained, tmp_path, capsys):

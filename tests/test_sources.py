@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import data
-import sources
 import splits
+import tasks
 from splits import DataError, Missing
 
 SPLITS = ("train", "validation", "test")
@@ -18,7 +18,7 @@ SPLITS = ("train", "validation", "test")
 def fetch(monkeypatch, request):
     """The real download, of a small DTD, with its class replaced: it writes what the test tells it
     to, then stops or ends."""
-    monkeypatch.setattr(sources, "_fetch", request.getfixturevalue("fetch_itself"))
+    monkeypatch.setattr(tasks, "_fetch", request.getfixturevalue("fetch_itself"))
 
     def use(download):
         task = data.TASKS["dtd"]
@@ -122,7 +122,7 @@ LISTS = {
 def official_caltech(tmp_path, monkeypatch):
     """The lists of a whole prepared Caltech101: the official labels in official order, no images
     (those of a prepared folder are opened in test_data.py)."""
-    monkeypatch.setattr(sources, "image_format", lambda path, where: "JPEG")
+    monkeypatch.setattr(tasks, "image_format", lambda path, where: "JPEG")
     root = tmp_path / "official"
     folder = root / "vtab-1k/caltech101"
     folder.mkdir(parents=True)
@@ -238,16 +238,16 @@ def test_wrong_labels_of_originals_are_an_error(tmp_path, monkeypatch):
 
     def read(root, split):
         values = [stored[key] for key in keys]
-        return sources.Content(keys, sources.np.array(values), lambda rows: [tmp_path] * len(rows))
+        return tasks.Content(keys, tasks.np.array(values), lambda rows: [tmp_path] * len(rows))
 
     task = data.TASKS["dtd"]
     original = dataclasses.replace(task.original, read=read, place=())
     task = dataclasses.replace(task, original=original)
     monkeypatch.setitem(splits.CONSTANTS["keys"], "dtd", {})
-    monkeypatch.setattr(sources, "image_format", lambda item, where: "JPEG")
-    found = sources.read_originals(task, tmp_path, ["val"], "original", False)
+    monkeypatch.setattr(tasks, "image_format", lambda item, where: "JPEG")
+    found = tasks.read_originals(task, tmp_path, ["val"], "original", False)
     assert found.labels["val"].tolist() == labels
     stored[order[7]] = (stored[order[7]] + 1) % 47
     message = f"dtd: labels of val200 are not the official ones, that of {order[7]} first: get the"
     with pytest.raises(DataError, match=message):
-        sources.read_originals(task, tmp_path, ["val"], "original", False)
+        tasks.read_originals(task, tmp_path, ["val"], "original", False)

@@ -2,47 +2,31 @@
 
 import csv
 import json
-import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
-import stats
 import suite
-from files import RunError
-from table import Row
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 50, 1001])
-def test_students_quantile_is_scipys(freedom):
-    t = pytest.importorskip("scipy.stats").t
-    for share in (0.0, 0.5, 0.9, 0.95, 0.999):
-        assert stats.student(share, freedom) == pytest.approx(t.ppf((1 + share) / 2, freedom))
-
-
-def test_students_quantile_in_closed_form():
-    assert stats.student(0.5, 1) == pytest.approx(1)  # Cauchy's quartile
-    assert stats.student(0.95, 1) == pytest.approx(math.tan(0.95 * math.pi / 2))
-    assert stats.student(0.6, 2) == pytest.approx(0.6 * math.sqrt(2 / (1 - 0.6**2)))
-    with pytest.raises(ValueError, match="0 degrees"):
-        stats.student(0.95, 0)
+from runs import RunError
+from suite import Row
 
 
 def test_paired_difference_is_scipys():
     scipy = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(0)
     a, b = (dict(enumerate(90 + rng.normal(size=6))) for _ in range(2))
-    mean, low, high, n = stats.paired_difference(a, b | {7: 1.0})
+    mean, low, high, n = suite.paired_difference(a, b | {7: 1.0})
     found = scipy.ttest_rel(list(a.values()), list(b.values())).confidence_interval(0.95)
     assert n == 6 and mean == pytest.approx(np.mean(list(a.values())) - np.mean(list(b.values())))
     assert (low, high) == pytest.approx((found.low, found.high))
     shuffled = dict(reversed(b.items()))  # by seed, not by order
-    assert stats.paired_difference(a, shuffled) == pytest.approx((mean, low, high, n))
+    assert suite.paired_difference(a, shuffled) == pytest.approx((mean, low, high, n))
 
 
 def test_few_common_seeds():
-    assert stats.paired_difference({0: 3.0, 1: 5.0}, {1: 4.0}) == (1.0, None, None, 1)
-    assert stats.paired_difference({0: 3.0}, {1: 4.0}) == (None, None, None, 0)
+    assert suite.paired_difference({0: 3.0, 1: 5.0}, {1: 4.0}) == (1.0, None, None, 1)
+    assert suite.paired_difference({0: 3.0}, {1: 4.0}) == (None, None, None, 0)
 
 
 def row(configuration, scores, split="test", **others):
@@ -53,7 +37,7 @@ def row(configuration, scores, split="test", **others):
 
 def test_numbers_in_names_sort_as_numbers():
     names = ["mlae rank=16", "mlae rank=2", "lora rank=2 lr=0.02", "lora rank=2 lr=2e-05", "full"]
-    assert sorted(names, key=stats.natural) == [names[i] for i in (4, 3, 2, 1, 0)]
+    assert sorted(names, key=suite.natural) == [names[i] for i in (4, 3, 2, 1, 0)]
 
 
 def test_each_table_is_compared_by_itself():
@@ -63,12 +47,12 @@ def test_each_table_is_compared_by_itself():
         row("mlae mask_prob=0.0 lr=0.004", {0: 1.0}, "val"),
         row("mlae mask_prob=0.0 lr=0.008", {0: 2.0}, "val"),
     ]
-    stats.compare(rows, "mask-prob=0")  # of val two fit: not compared
+    suite.compare(rows, "mask-prob=0")  # of val two fit: not compared
     assert [one.difference for one in rows] == [None, -1.5, None, None]
     assert rows[1].against == rows[0].configuration and rows[1].pairs == 2
-    half = stats.student(0.95, 1) * 0.5
+    half = scipy.stats.t.ppf(0.975, 1) * 0.5
     assert (rows[1].low, rows[1].high) == pytest.approx((-1.5 - half, -1.5 + half), abs=0.006)
-    stats.compare(rows, "--mask-prob=0 lr=4e-3")
+    suite.compare(rows, "--mask-prob=0 lr=4e-3")
     assert rows[3].difference == 1.0 and rows[3].low is None
 
 
@@ -78,10 +62,10 @@ def test_means_over_unequal_tasks_are_not_compared():
     part.official = False
     whole.task = part.task = "mean of tasks"
     tasks = [row("lora", {0: 1.0}), row("mlae", {0: 3.0})]
-    stats.compare([whole, part, *tasks], "lora")
+    suite.compare([whole, part, *tasks], "lora")
     assert part.difference is None and tasks[1].difference == 2.0
     part.official = True
-    stats.compare([whole, part], "lora")
+    suite.compare([whole, part], "lora")
     assert part.difference == 5.0
 
 
@@ -95,12 +79,12 @@ def test_means_over_unequal_tasks_are_not_compared():
 def test_what_fits_not_one_configuration_is_refused(words, message):
     rows = [row(name, {0: 1.0}) for name in ("mlae a=1", "mlae a=2", "lora")]
     with pytest.raises(RunError, match=message):
-        stats.compare(rows, words)
+        suite.compare(rows, words)
 
 
 def test_the_table_of_this_repository_against_lora(capsys):
     def printed(form):
-        suite.main(["--table", "results/methods", "--against", "lora", "--format", form])
+        suite.main(["--table", "results/methods.csv", "--against", "lora", "--format", form])
         return capsys.readouterr().out
 
     scores = {one["configuration"]: one for one in json.loads(printed("json"))["runs"]}

@@ -7,17 +7,17 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 from conftest import stop_after, write_lists
 
 import data
-import flags
+import model as models
+import runs
 import splits
 import suite
-import table as table_of_runs
 import train
-from backbone import ModelError
-from baselines import METHODS
+from model import ModelError
 from runs import Result, RunError
 
 
@@ -73,7 +73,7 @@ def test_a_suite_runs_what_is_there_and_lists_the_rest(vtab, monkeypatch):
     out, last = vtab()
     rows = table(out)
     single = json.loads(next(Path("runs/dtd").glob("*/metrics.json")).read_text())["test_top1"]
-    assert {path.name for path in Path("runs").iterdir()} == {"cifar", "dtd", "kitti"}
+    assert {path.name for path in Path("runs").iterdir()} == {"cifar", "dtd", "kitti", "runs.csv"}
     assert "PARTIAL, no vtab-1k result: mlae has 2 of 19 tasks with official data." in out
     assert rows["cifar"][0].endswith(" *") and "30 of 10000 test (subset)" in out
     assert "\n* a subset of vtab-1k or not its official images" in out
@@ -86,7 +86,7 @@ def test_a_suite_runs_what_is_there_and_lists_the_rest(vtab, monkeypatch):
     assert all("unpack" in line or "pip install" in line for line in missing)
     assert last["mean of groups"]["test_top1"] is None and not last["mean of groups"]["official"]
     assert last["dtd"]["test_top1"] == single and last["dtd"]["n"] == 1
-    monkeypatch.setattr(train, "create_model", None)  # nothing trains again
+    monkeypatch.setattr(models, "create_model", None)  # nothing trains again
     again, _ = vtab()
     assert table(again) == rows
 
@@ -108,7 +108,7 @@ def test_several_seeds_are_single_runs_and_their_mean(tmp_path, capsys, monkeypa
 def test_the_product_of_all_values(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = "--method mlae lora linear --rank 2 4 --mask-prob 0.1 0.5 --targets attn.qkv mlp.fc1,mlp.fc2"
-    args = flags.suite_parser().parse_args(words.split())
+    args = suite.suite_parser().parse_args(words.split())
     args.resume = None
     del args.table, args.format, args.against
     found = set()
@@ -126,7 +126,7 @@ def test_the_product_of_all_values(tmp_path, capsys, monkeypatch):
 
 def test_train_answers_a_suite_with_the_command_to_use(capsys):
     with pytest.raises(SystemExit) as stop:
-        train.main(["--dataset", "VTAB-1k"])
+        train.main(["--dataset", "VTAB"])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.endswith("python suite.py --dataset vtab\n")
 
@@ -265,7 +265,7 @@ def test_the_tables_formats_agree(all_runs, capsys):
 
 
 def test_latex_reads_every_character_of_a_name():
-    line = table_of_runs.as_latex([["a_b", "50 % ± 1"], ["~x^{1}", "\\$&#"]]).splitlines()
+    line = suite.as_latex([["a_b", "50 % ± 1"], ["~x^{1}", "\\$&#"]]).splitlines()
     assert line[2] == r"a\_b & 50 \% $\pm$ 1 \\"
     tilde, hat, backslash = r"\textasciitilde{}", r"\textasciicircum{}", r"\textbackslash{}"
     assert line[4] == rf"{tilde}x{hat}\{{1\}} & {backslash}\$\&\# \\"
@@ -305,11 +305,11 @@ def test_seeds_that_differ_make_no_result(all_runs, capsys):
 
 def test_the_mean_of_groups_is_the_mean_of_tasks_applied_to_group_means():
     tasks = [{0: 10.0, 1: 20.0}, {0: 30.0, 1: 40.0}, {0: 90.0, 1: 90.0}]
-    groups = [table_of_runs.mean_over(tasks[:2]), table_of_runs.mean_over(tasks[2:])]
+    groups = [suite.mean_over(tasks[:2]), suite.mean_over(tasks[2:])]
     assert groups == [{0: 20.0, 1: 30.0}, {0: 90.0, 1: 90.0}]
-    assert table_of_runs.mean_over(groups) == {0: 55.0, 1: 60.0}
-    assert table_of_runs.mean_over(tasks) == {0: pytest.approx(130 / 3), 1: 50.0}
-    assert table_of_runs.mean_over([{0: 10.0}, {0: 20.0, 1: 40.0}]) == {None: 20.0}
+    assert suite.mean_over(groups) == {0: 55.0, 1: 60.0}
+    assert suite.mean_over(tasks) == {0: pytest.approx(130 / 3), 1: 50.0}
+    assert suite.mean_over([{0: 10.0}, {0: 20.0, 1: 40.0}]) == {None: 20.0}
 
 
 def test_the_same_weights_from_two_places_are_one_configuration(tmp_path, capsys):
@@ -341,7 +341,7 @@ def test_tables_of_nothing_or_of_damaged_runs(tmp_path, capsys):
     write_run(tmp_path / "runs", "dtd", 0, 70.0)
     next((tmp_path / "runs").rglob("metrics.json")).write_text("{")
     err = refused(capsys, tmp_path / "runs")
-    assert err.count("\n") == 2 and "is damaged and left out" in err
+    assert err.count("\n") == 2 and "is left out" in err
     write_run(tmp_path / "runs", "svhn", 0, 60.0)
     write_run(tmp_path / "runs", "a_new_task", 0, 60.0)
     out, err = tabulated(capsys, tmp_path / "runs")
@@ -354,48 +354,42 @@ CHOOSE = [*SMALL, "--lr", "1e-3", "8e-3", "1e30", "--choose", "lr", "--seed", "3
 
 def test_choosing_on_val200_and_no_look_at_the_test_before(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    load, splits_read = train.load_data, []
+    load, splits_read = data.load_data, []
 
     def watched(args):
         splits_read.append("val" if args.val else "test")
-        if not args.val:  # the choice is on disk
-            chosen = [row["chosen"] for row in search()]
-            assert chosen.count("1") == 4  # two methods, two seeds
         return load(args)
 
-    def search():
-        with open("runs/search.csv", newline="") as file:
-            return list(csv.DictReader(file))
+    def searched():
+        rows = pandas.read_csv("runs/runs.csv")
+        return rows[rows["split"] == "val"]
 
-    monkeypatch.setattr(train, "load_data", watched)
+    monkeypatch.setattr(data, "load_data", watched)
     words = [*CHOOSE, "--method", "mlae", "lora", "--epochs", "2", "--search-seed", "0", "1"]
     out = call(capsys, *words)
-    assert splits_read == ["val"] * 12 + ["test"] * 4
-    rows = search()
-    assert [row["method"] for row in rows] == ["mlae"] * 4 + ["lora"] * 4  # 1e30 diverged
-    means = {}
-    for row in rows:
-        means.setdefault((row["method"], row["lr"]), []).append(float(row["val_top1"]))
+    assert splits_read == ["val", "test"]  # once each, and kept for the next run
+    rows = searched()
+    assert sorted(rows["method"]) == ["lora"] * 4 + ["mlae"] * 4  # 1e30 diverged
+    for row in rows.to_dict("records"):
         metrics = json.loads(Path(row["run"], "metrics.json").read_text())
-        assert metrics["val_top1"] == float(row["val_top1"]) and metrics["seed"] == int(row["seed"])
+        assert metrics["val_top1"] == row["val_top1"] and metrics["seed"] == row["seed"]
     for method in ("mlae", "lora"):
-        small, large = np.mean(means[method, "0.001"]), np.mean(means[method, "0.008"])
-        best = "0.001" if small >= large else "0.008"
-        assert {row["lr"] for row in rows if row["method"] == method and row["chosen"] == "1"} == {
-            best
-        }
-        assert f"chosen on val200, {method} on digits: lr={best} of lr=0.001 {small:.2f}" in out
+        means = rows[rows["method"] == method].groupby("lr")["val_top1"].mean()
+        assert means.idxmax() == 0.008
+        words_of = f"lr=0.008 of lr=0.001 {means[0.001]:.2f}"
+        assert f"chosen on val200, {method} on digits: {words_of}" in out
     assert out.count("note: that is the smallest or largest lr: try more values") == 2
     last = json.loads(out.splitlines()[-1])["rows"]
     assert [row["chosen"] for row in last] == [{"lr": 0.008}] * 2
     assert all(row["seeds"] == [3, 4] and row["configuration"] == row["method"] for row in last)
-    before = Path("runs/search.csv").read_text()
-    monkeypatch.setattr(train, "load_data", load)
-    monkeypatch.setattr(train, "create_model", None)  # nothing trains again
-    diverging = [word for word in words if word != "1e30"]
-    again = call(capsys, *diverging)
-    assert Path("runs/search.csv").read_text() == before
+    monkeypatch.setattr(models, "create_model", None)  # nothing trains again
+    again = call(capsys, *[word for word in words if word != "1e30"])
     assert again.splitlines()[-1] == out.splitlines()[-1]
+    capsys.readouterr()
+    suite.main(["--table", "runs", "--choose", "lr"])
+    of_folder = capsys.readouterr().out
+    suite.main(["--table", "runs/runs.csv", "--choose", "lr"])
+    assert capsys.readouterr().out == of_folder
 
 
 def finished(top1, *, split="test", official=True, usual=(), **own):
@@ -419,7 +413,7 @@ def test_a_row_is_named_by_what_sets_it_apart():
     runs.append(finished(70.0, seed=0, lr=0.2, method="lora", rank=8))
     mixture = {"method": "mor", "targets": ["attn.qkv"], "num_experts": 4}
     runs.append(finished(75.0, seed=0, lr=0.1, rank=4, **mixture))
-    rows = table_of_runs.rows_of(runs)
+    rows = suite.rows_of(runs)
     assert [row.configuration for row in rows] == [
         "mlae lr=0.1 mask_prob=0.0",
         "mlae lr=0.1 mask_prob=0.3",
@@ -431,9 +425,9 @@ def test_a_row_is_named_by_what_sets_it_apart():
 
 def test_subsets_alone_have_no_means():
     runs = [finished(80.0, seed=0, dataset=task, official=False) for task in ("dtd", "svhn")]
-    assert [row.task for row in table_of_runs.rows_of(runs)] == ["dtd", "svhn"]
+    assert [row.task for row in suite.rows_of(runs)] == ["dtd", "svhn"]
     runs.append(finished(80.0, seed=0, dataset="eurosat"))
-    assert table_of_runs.rows_of(runs)[-1].task == "mean of tasks"
+    assert suite.rows_of(runs)[-1].task == "mean of tasks"
 
 
 def test_the_table_does_not_depend_on_which_run_came_first():
@@ -443,7 +437,7 @@ def test_the_table_does_not_depend_on_which_run_came_first():
     runs.append(finished(80.0, seed=0, split="val", lr=0.1))
     printed = set()
     for order in itertools.permutations(runs):
-        printed.add(table_of_runs.tabulate(table_of_runs.rows_of(order)))
+        printed.add(suite.tabulate(suite.rows_of(order)))
     (only,) = printed
     assert re.search(r"\| cifar +\| dtd +\| svhn +\|\n", only)
 
@@ -451,11 +445,11 @@ def test_the_table_does_not_depend_on_which_run_came_first():
 def test_a_table_keeps_apart_what_was_tried_and_hides_no_run():
     tried = [finished(90.0, split="val", seed=0, lr=lr) for lr in (0.1, 0.2)]
     tested = [finished(80.0, seed=0, lr=0.1), finished(82.0, seed=1, lr=0.1)]
-    rows = table_of_runs.rows_of([*tried, *tested], chosen=["lr"])
+    rows = suite.rows_of([*tried, *tested], chosen=["lr"])
     assert [row.configuration for row in rows] == ["mlae lr=0.1", "mlae lr=0.2", "mlae"]
     assert [row.chosen for row in rows] == [{}, {}, {"lr": 0.1}] and rows[-1].top1 == 81.0
     with pytest.raises(RunError, match="--choose lr: digits, seed 1, has .*0.3"):
-        table_of_runs.rows_of([*tested, finished(70.0, seed=1, lr=0.3)], chosen=["lr"])
+        suite.rows_of([*tested, finished(70.0, seed=1, lr=0.3)], chosen=["lr"])
 
 
 def test_an_interrupted_search_chooses_the_same(tmp_path, capsys, monkeypatch):
@@ -474,7 +468,7 @@ def test_an_interrupted_search_chooses_the_same(tmp_path, capsys, monkeypatch):
 def test_of_equals_the_smaller_value_is_chosen(capsys):
     def trial(lr, rank, *top1):
         arguments = {"dataset": "dtd", "method": "mlae", "lr": lr, "rank": rank}
-        return suite.Trial(arguments, dict(enumerate(top1)), {})
+        return suite.Trial(arguments, dict(enumerate(top1)))
 
     trials = [trial(3e-3, 8, 60.0, 62.0), trial(1e-3, 8, 61.0, 61.0), trial(2e-3, 8, 50.0)]
     trials += [trial(4e-3, 4, 10.0), trial(5e-3, 4, 20.0)]  # another setting
@@ -483,30 +477,10 @@ def test_of_equals_the_smaller_value_is_chosen(capsys):
     assert "mlae on dtd rank=8: lr=0.001 of lr=0.001 61.00, lr=0.002 50.00, lr=0.003 61.00" in out
 
 
-def test_a_later_search_leaves_the_lines_of_an_earlier_one(tmp_path):
-    def trial(method, lr, top1):
-        arguments = {"dataset": "dtd", "method": method, "lr": lr, "rank": 4}
-        return suite.Trial(arguments, {0: top1}, {0: f"runs/{method}{lr}"})
-
-    path = tmp_path / "search.csv"
-    first = [trial("lora", 1, 50.0), trial("lora", 2, 60.0)]
-    suite.write_search(path, ["rank", "lr"], first, first[1:])
-    wider = [trial("lora", 2, 60.0), trial("lora", 3, 70.0)]  # the best was at the edge
-    suite.write_search(path, ["rank", "lr"], wider, wider[1:])
-    other = [trial("lora", 2, 60.0), trial("lora", 9, 10.0)]
-    suite.write_search(path, ["rank"], other, other[:1])  # another choice, with a run of the first
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {"dataset", "method", "rank", "lr"} < rows[0].keys()
-    found = [(row["lr"], row["choice"], row["chosen"]) for row in rows]
-    first = [("1", "rank lr", "0"), ("2", "rank lr", "0"), ("3", "rank lr", "1")]
-    assert found == [*first, ("", "rank", "1"), ("", "rank", "0")]
-
-
 def test_what_a_method_has_not_is_not_chosen_for_it(capsys):
     def trial(method, lr, p, top1):
         arguments = {"dataset": "dtd", "method": method, "lr": lr, "mask_prob": p}
-        return suite.Trial(arguments, {0: top1}, {})
+        return suite.Trial(arguments, {0: top1})
 
     trials = [trial("mlae", 1, 0.0, 50.0), trial("mlae", 1, 0.5, 60.0)]
     trials += [trial("lora", 1, None, 40.0), trial("lora", 2, None, 30.0)]
@@ -516,9 +490,8 @@ def test_what_a_method_has_not_is_not_chosen_for_it(capsys):
 
 def test_what_diverged_with_one_seed_is_not_chosen():
     def trial(lr, *top1):
-        return suite.Trial(
-            {"dataset": "dtd", "method": "mlae", "lr": lr}, dict(enumerate(top1)), {}
-        )
+        arguments = {"dataset": "dtd", "method": "mlae", "lr": lr}
+        return suite.Trial(arguments, dict(enumerate(top1)))
 
     trials = [trial(1e-3, 60.0, 61.0), trial(1e-2, 90.0)]  # its other seed diverged
     assert suite.choose(trials, ["lr"], []) == trials[:1]
@@ -528,10 +501,8 @@ def test_the_epochs_are_chosen_though_the_warm_up_follows_from_them(tmp_path, ca
     monkeypatch.chdir(tmp_path)
     words = [*SMALL, "--mask-prob", 0, 0.5, "--epochs", 1, 2]  # the last one counts
     out = call(capsys, *words, "--choose", "epochs")
-    with open("runs/search.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0])[:5] == ["dataset", "method", "mask_prob", "epochs", "seed"]
-    assert [row["mask_prob"] for row in rows if row["chosen"] == "1"] == ["0.0", "0.5"]
+    rows = pandas.read_csv("runs/runs.csv")
+    assert sorted(rows[rows["split"] == "test"]["mask_prob"]) == [0.0, 0.5]
     assert out.count("chosen on val200, mlae on digits mask_prob=0.") == 2
 
 
@@ -541,12 +512,8 @@ def test_searches_in_one_folder_are_told_apart(tmp_path, capsys, monkeypatch):
     call(capsys, *words)
     out = call(capsys, *words, "--freeze-lambda")
     assert "chosen on val200, mlae on digits freeze_lambda=True: lr=" in out
-    with open("runs/search.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["freeze_lambda"] for row in rows] == ["", "", "True", "True"]
-    assert [row["choice"] for row in rows] == ["lr"] * 2 + ["freeze_lambda lr"] * 2
-    for searched in (rows[:2], rows[2:]):
-        assert [row["chosen"] for row in searched].count("1") == 1
+    rows = pandas.read_csv("runs/runs.csv")
+    assert rows.groupby("split")["freeze_lambda"].sum().to_dict() == {"test": 1, "val": 2}
 
 
 @pytest.mark.parametrize(
@@ -568,24 +535,11 @@ def test_what_cannot_be_chosen(tmp_path, capsys, monkeypatch, words, message):
 
 
 def test_a_budget_picks_the_nearest_rank(capsys):
-    args = flags.train_parser().parse_args(["--budget", "20k"])
-    args = train.settle(args)
+    args = runs.train_parser().parse_args(["--budget", "20k"])
+    args = runs.settle(args)
     assert args.rank == 9 and args.budget is None  # 6 layers x (96 + 288 + 1) a rank: 20,790
     assert "--budget 20,000: rank 9 is nearest, with 20,790 parameters" in capsys.readouterr().out
     with pytest.raises(ModelError, match="--budget: full has no rank to choose"):
-        train.settle(flags.train_parser().parse_args(["--budget", "20k", "--method", "full"]))
+        runs.settle(runs.train_parser().parse_args(["--budget", "20k", "--method", "full"]))
     for text, count in (("0.3M", 300_000), ("50K", 50_000), ("1234", 1234)):
-        assert flags.amount(text) == count
-
-
-def test_the_help_states_the_defaults_of_the_rows():
-    """flags.py tells them in words, baselines.py has them."""
-    text = " ".join(flags.train_parser().format_help().split())
-    for name, row in METHODS.items():
-        assert name in text
-        for setting, usual in row.settings.items():
-            parsed = flags.train_parser().parse_args([])
-            assert getattr(parsed, setting) is None, f"{name}: {setting} has no flag"
-            flag = {"pattern": "mask-pattern", "schedule": "mask-schedule"}.get(setting, setting)
-            own = text.split(f" --{flag.replace('_', '-')} ", 1)[1].split(" --", 1)[0]
-            assert f"{usual:g}" in own if isinstance(usual, float) else str(usual) in own
+        assert runs.amount(text) == count
