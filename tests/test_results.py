@@ -16,13 +16,11 @@ import pytest
 
 import data
 import suite
-from files import read_log
-from runs import collect
-from stats import paired_difference
-from table import rows_of
+from suite import paired_difference, read_runs, rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
+NO_RUNS = ("published.csv", "pruning.csv")
 PAGE = ROOT / "docs" / "results.md"
 MEAN = re.compile(r"\d+\.\d{2,3} ± \d+\.\d{2,3}")  # accuracies have two digits, similarities three
 SINGLE = re.compile(r"\d+\.\d{2,3} \(1\)")  # of one seed
@@ -31,11 +29,11 @@ DIFFERENCE = re.compile(r"[+-]?\d+\.\d\d \[-?\d+\.\d\d, -?\d+\.\d\d\]")
 
 
 def experiments():
-    """The folders below results/ that hold runs, and the finished runs of each; the page compares
-    those of two of them, too."""
-    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
-        yield folder, collect(folder)
-    yield RESULTS / "real", collect(RESULTS / "real", RESULTS / "other-rates")
+    """The runs of each file of results/; the page compares those of two of them, too."""
+    for path in sorted(RESULTS.glob("*.csv")):
+        if path.name not in NO_RUNS and not path.stem.endswith("-search"):
+            yield read_runs(path)
+    yield read_runs(RESULTS / "real.csv", RESULTS / "other-rates.csv")
 
 
 def spread(values, digits):
@@ -46,7 +44,7 @@ def spread(values, digits):
 def known():
     """(means, differences) of all runs, as the tables print them; means are of one seed, too."""
     means, differences = set(), set()
-    for folder, results in experiments():
+    for results in experiments():
         rows = rows_of(results)
         for result in results:
             means.add(f"test top-1 {result.top1:.2f} %")
@@ -62,20 +60,19 @@ def known():
             mean, low, high, n = paired_difference(a.scores, b.scores)
             if n > 1:
                 differences.add(f"{round(mean, 2) + 0.0:+.2f} [{low:.2f}, {high:.2f}]")
-        means |= similarities(folder)
+        means |= similarities(results)
     means |= set(pruned().values())
     return means, differences
 
 
-def similarities(folder):
+def similarities(results):
     """Of the experts as training ended, over the seeds of each configuration."""
     by_settings = {}
-    for log in folder.rglob("log.csv"):
-        rows = read_log(log)
-        identity = json.loads(log.with_name("config.json").read_text())["identity"]
-        settings = tuple(f"{name}={value}" for name, value in identity.items() if name != "seed")
-        if "similarity" in rows[-1]:
-            by_settings.setdefault(settings, []).append(rows[-1]["similarity"])
+    for result in results:
+        own = result.identity.items()
+        settings = tuple(f"{name}={value}" for name, value in own if name != "seed")
+        if result.metrics.get("similarity") is not None:
+            by_settings.setdefault(settings, []).append(result.metrics["similarity"])
     found = set()
     for values in by_settings.values():
         found.add(spread(values, 3) if len(values) > 1 else f"{values[0]:.3f} (1)")
@@ -98,7 +95,7 @@ NOT_SETTINGS = {"dataset", "method", "lr", "seed", "val_top1", "chosen", "choice
 def searches():
     """Every choice in results/: (file, task, method, other settings, {rate: [val top-1]}, chosen,
     the folder of one of the runs)."""
-    for path in sorted(RESULTS.rglob("search.csv")):
+    for path in sorted(RESULTS.glob("*-search.csv")):
         groups = {}
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
@@ -142,7 +139,7 @@ def test_every_number_is_a_result(known, choices, page):
 def test_losses_and_sizes_are_those_of_the_runs():
     text = " ".join(PAGE.read_text().split())
     by_settings, sizes = {}, {}
-    for result in collect(RESULTS / "real"):
+    for result in read_runs(RESULTS / "real.csv"):
         identity, metrics = result.identity, result.metrics
         if result.split == "val":
             key = json.dumps([value for name, value in identity.items() if name != "seed"])
@@ -203,35 +200,31 @@ def test_the_pruning_table():
 
 
 def test_runs_name_no_place_of_the_machine_that_made_them():
-    for _, results in experiments():
-        for result in results:
-            assert not Path(result.metrics["run"]).is_absolute()
-            assert not Path(result.arguments["data_dir"]).is_absolute()
+    for path in RESULTS.rglob("*.csv"):
+        assert not re.search(r"(^|[\s,\"])/\w", path.read_text()), path
 
 
 def test_the_page_names_the_versions_of_its_runs():
     used = set()
-    for path in RESULTS.rglob("config.json"):
-        versions = json.loads(path.read_text())["versions"]
+    for result in itertools.chain.from_iterable(experiments()):
+        versions = result.metrics["versions"]
         used.add(f"torch {versions['torch'].split('+')[0]}, timm {versions['timm']}")
     text = PAGE.read_text()
     assert set(re.findall(r"torch \d[\d.]*\d, timm \d[\d.]*\d", text)) == used
 
 
 def first_look(path, run):
-    """{rate: val top-1} of the runs in a search's folder that differ from one in rate and seed
-    alone; none where the runs of a search are not kept."""
-    config = ROOT / run / "config.json"
-    if not config.exists():
-        return {}
+    """{rate: val top-1} of the runs of a search that differ from one in rate and seed alone; none
+    where the runs of a search are not kept."""
 
     def settings(identity):
         return {name: value for name, value in identity.items() if name not in ("lr", "seed")}
 
-    own = settings(json.loads(config.read_text())["identity"])
+    results = read_runs(path.with_name(path.name.replace("-search", "")))
+    own = [settings(result.identity) for result in results if result.metrics["run"] == run]
     found = {}
-    for result in collect(path.parent):
-        if settings(result.identity) == own:
+    for result in results:
+        if settings(result.identity) in own:
             found.setdefault(result.arguments["lr"], []).append(result.top1)
     return found
 
@@ -341,16 +334,16 @@ COLUMNS = {  # of the table on README: (method, p)
 }
 
 
-def at_the_chosen_rate(folder, method, p, task):
+def at_the_chosen_rate(name_of_file, method, p, task):
     """The test runs of a method on a task, at the rate that was chosen on val200."""
     rates = []
     for path, searched, name, others, _, chosen, _ in searches():
-        is_ours = searched == task and name == method and path.parent == folder
+        is_ours = searched == task and name == method and path.stem == f"{name_of_file}-search"
         if is_ours and (p is None or others in ("", f"mask_prob={p}")):
             rates += map(float, chosen)
     usual = {"method": method, "dataset": task, "masking": "stochastic", "freeze_lambda": False}
     found = []
-    for result in collect(folder):
+    for result in read_runs(RESULTS / f"{name_of_file}.csv"):
         own = result.arguments
         is_ours = all(own[name] in (value, None) for name, value in usual.items())
         is_ours = is_ours and own["lr"] in rates and own["mask_prob"] in (p, None)
@@ -371,12 +364,11 @@ def test_the_table_on_readme():
     }
     for row, (task, without, masked) in sources.items():
         for cell, (method, p) in zip(rows[row], COLUMNS.values(), strict=True):
-            folder = RESULTS / (without if p is None else masked)
-            found = at_the_chosen_rate(folder, method, p, task)
+            found = at_the_chosen_rate(without if p is None else masked, method, p, task)
             top1 = [result.top1 for result in found]
             assert cell == (f"{spread(top1, 2)} ({len(top1)})" if top1 else ""), (row, method, p)
     sizes = rows["parameters on digits, without the head"]
     for cell, (method, _) in zip(sizes, COLUMNS.values(), strict=True):
-        metrics = at_the_chosen_rate(RESULTS / "methods", method, 0.5, "digits")[0].metrics
+        metrics = at_the_chosen_rate("methods", method, 0.5, "digits")[0].metrics
         own = metrics["trainable_parameters"] - metrics["head_parameters"]
         assert cell == f"{own:,}"
