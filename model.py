@@ -655,7 +655,11 @@ def load_strictly(
             name = architecture(model)
             raise ModelError(f"{file} does not fit {name} as it was made: it {problem} {few(keys)}")
     for key, rows in state.items():
-        if not rows.to(own[key].dtype).isfinite().all():
+        wanted = own[key].dtype
+        both_floats = rows.is_floating_point() and wanted.is_floating_point
+        if rows.dtype != wanted and not both_floats:  # one float may take another's place
+            raise ModelError(f"{file}: {key} is of {rows.dtype}, not {wanted}")
+        if not rows.to(wanted).isfinite().all():
             raise ModelError(f"{file}: {key} has values that are not finite")
         if key.endswith(".rows"):
             outputs = model.get_submodule(key.removesuffix(".rows")).out_features

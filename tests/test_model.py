@@ -409,3 +409,20 @@ def test_compiled_under_autocast(nano, images):
         grads.append([p.grad.clone() for p in net.parameters() if p.requires_grad])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * a.abs().max().item())
+
+
+def test_integers_do_not_pass_for_weights(tmp_path):
+    net = models.create("vit_nano", 10, pretrained=False)
+    models.save_adapter(net, tmp_path / "a.safetensors", {})
+    state = load_file(tmp_path / "a.safetensors")
+    name = next(key for key in state if key.endswith("lora_A"))
+    before = net.get_parameter(name).clone()
+    header = {"architecture": "vit_nano", "config": "{}"}
+    wrong = state | {name: torch.ones(state[name].shape, dtype=torch.int64)}
+    save_file(wrong, tmp_path / "b.safetensors", header)
+    with pytest.raises(ModelError, match=name):
+        models.load_adapter(net, tmp_path / "b.safetensors")
+    assert net.get_parameter(name).equal(before)
+    half = state | {name: state[name].half()}  # another float is rounded, as before
+    save_file(half, tmp_path / "c.safetensors", header)
+    models.load_adapter(net, tmp_path / "c.safetensors")
