@@ -38,6 +38,8 @@ NANO_CFG = {"architecture": "vit_nano", "tag": "fashion_mnist", "input_size": (3
 NANO_CFG |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 NANO_FILE = Path(__file__).resolve().parent / "demo" / "vit_nano.safetensors"
 
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # one may replace another
+
 # Timm's modules in whose fused qkv layer q, k and v alternate by head, or q is missing
 INTERLEAVED = ("csatv2", "efficientformer", "gcvit", "levit", "maxxvit", "tiny_vit")
 
@@ -656,9 +658,10 @@ def load_strictly(
             raise ModelError(f"{file} does not fit {name} as it was made: it {problem} {few(keys)}")
     for key, rows in state.items():
         wanted = own[key].dtype
-        both_floats = rows.is_floating_point() and wanted.is_floating_point
-        if rows.dtype != wanted and not both_floats:  # one float may take another's place
+        if rows.dtype != wanted and not {rows.dtype, wanted} <= FLOATS:
             raise ModelError(f"{file}: {key} is of {rows.dtype}, not {wanted}")
+        if rows.is_meta or rows.layout != torch.strided:
+            raise ModelError(f"{file}: {key} is no dense tensor")
         if not rows.to(wanted).isfinite().all():
             raise ModelError(f"{file}: {key} has values that are not finite")
         if key.endswith(".rows"):

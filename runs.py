@@ -591,7 +591,9 @@ def read_config(folder: str | Path) -> dict:
         raise RunError(f"{folder} is not a run of train.py: there is no file {path}")
     config = read_json(path)
     with reading(path):
-        args = config["arguments"] = parse_again(config["arguments"])
+        saved = config["arguments"]
+        saved["dataset"], saved["method"]  # a default would be another run
+        args = config["arguments"] = parse_again(saved)
         if config["amp"] not in AMP[1:] or not isinstance(config["weights"]["tag"], str):
             raise ValueError("its amp or weights are unknown here")
         row, recipe = models.find_method(args.method), data.FOLDER_RECIPE

@@ -116,6 +116,15 @@ def restore(path: Path, model: nn.Module, optimizer, scaler, digest: str) -> dic
         models.load_strictly(model, state["weights"], models.adapter_state(model), "it")
         groups = optimizer.state_dict()["param_groups"]  # as the run's settings make them
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for parameter, own in optimizer.state.items():
+            for mean in (own["exp_avg"], own["exp_avg_sq"]):
+                if mean.shape != parameter.shape or not mean.isfinite().all():
+                    raise ValueError("its moments are not the parameters', or not finite")
+        losses = [row["loss"] + row["train_top1"] for row in progress["rows"]]
+        if len(losses) != progress["epoch"] or not (moments and losses):
+            raise ValueError("it has no moments, or not a row for each epoch")
+        if not math.isfinite(sum(losses) + progress["seconds"]):
+            raise ValueError("its numbers are not finite")
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(rng["cpu"])
         if rng["cuda"]:

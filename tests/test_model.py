@@ -423,6 +423,10 @@ def test_integers_do_not_pass_for_weights(tmp_path):
     with pytest.raises(ModelError, match=name):
         models.load_adapter(net, tmp_path / "b.safetensors")
     assert net.get_parameter(name).equal(before)
+    eight = state | {name: state[name].to(torch.float8_e4m3fn)}  # a float, but of two digits
+    save_file(eight, tmp_path / "d.safetensors", header)
+    with pytest.raises(ModelError, match=name):
+        models.load_adapter(net, tmp_path / "d.safetensors")
     half = state | {name: state[name].half()}  # another float is rounded, as before
     save_file(half, tmp_path / "c.safetensors", header)
     models.load_adapter(net, tmp_path / "c.safetensors")

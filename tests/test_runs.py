@@ -229,6 +229,14 @@ def test_a_configuration_without_a_part_is_an_error(tmp_path, key):
         runs.read_config(folder)
 
 
+@pytest.mark.parametrize("name", ["dataset", "method"])
+def test_a_configuration_without_its_task_or_method_is_an_error(tmp_path, name):
+    arguments = vars(settled())
+    del arguments[name]  # the demo's would be another run
+    with pytest.raises(runs.RunError, match="config.json"):
+        runs.read_config(saved(tmp_path, arguments))
+
+
 TEXTS = {
     "cut": b'{"arguments": {',
     "list": b"[]",

@@ -473,7 +473,22 @@ def replaced(key, value):
     return edit
 
 
+def with_moments(change):
+    def edit(path):
+        state = torch.load(path)
+        moments = state["optimizer"]["state"]
+        moments[0]["exp_avg"] = change(moments[0]["exp_avg"])
+        torch.save(state, path)
+
+    return edit
+
+
 STATES = {
+    "moments of another shape": with_moments(lambda mean: torch.zeros(3)),
+    "moments that are not finite": with_moments(lambda mean: mean * float("nan")),
+    "no moments": replaced("optimizer", {"state": {}}),
+    "no row for an epoch": replaced("progress", {"epoch": 1, "rows": [], "seconds": 1.0}),
+    "rows of text": replaced("progress", {"epoch": 1, "rows": ["x"], "seconds": 1.0}),
     "text": lambda path: path.write_bytes(b"text"),
     "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "no weights": replaced("weights", {}),
