@@ -22,7 +22,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,8 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import tasks
-from splits import DataError, Missing, few, printable, tfds_order  # noqa: F401
+from model import few
+from splits import DataError, Missing, printable, tfds_order  # noqa: F401
 from tasks import COMMON, ROLE_NUMBER, TASKS, Found, Task, image_format, join, open_image
 
 BICUBIC, FLIP = v2.InterpolationMode.BICUBIC, v2.RandomHorizontalFlip()
@@ -98,11 +99,14 @@ class Images(Dataset):
         item = self.items[i]
         try:
             image = open_image(item)
-            image = (upright(image) if self.upright else image).convert("RGB")
+            if self.upright:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+                    image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            image = image.convert("RGB")
         except Exception as error:  # whatever a damaged file makes Pillow raise
             raise DataError(f"cannot read image {tasks.name_of(item)}: {error}") from error
-        size = [self.short] if self.short else [self.img_size, self.img_size]
-        return TF.resize(image, size, BICUBIC)
+        return TF.resize(image, [self.short] if self.short else [self.img_size] * 2, BICUBIC)
 
     def prepare(self, device: torch.device | str = "cpu", workers: int = 4) -> None:
         """Decode all images once, at S x S onto `device`, or before a crop into the CPU's memory.
@@ -166,9 +170,15 @@ class Images(Dataset):
                 raise batch
             yield batch
 
+    def rows(self) -> list[tuple[str, str]]:
+        """(path in its folder, class) of each image of a folder of one's own."""
+        paths = [path.relative_to(self.folder).as_posix() for path in self.files]
+        return [(path, self.class_names[i]) for path, i in zip(paths, self.labels, strict=True)]
+
     def digest(self, here: bool = False) -> str:
         """A digest of labels and images, these by value, or by name and length of their files: the
-        same wherever and whenever they are read, and at every image size, unless `here`."""
+        same wherever and whenever they are read, and at every image size. With `here`, for a run's
+        state, also of the size, and of where the files lie and when they were changed."""
         digest = hashlib.sha256(f"{self.img_size} {self.short}".encode() if here else b"")
         digest.update(self.labels.numpy())
         folders = [item.parent for item in self.files if isinstance(item, Path)]
@@ -180,17 +190,6 @@ class Images(Dataset):
                 item = os.fsencode(f"{line}\n")
             digest.update(item if isinstance(item, bytes) else item.tobytes())
         return digest.hexdigest()
-
-    def fingerprint(self) -> str:
-        """A digest of size, labels and files with their times of change, for a run's state."""
-        return self.digest(here=True)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """A photo as its EXIF orientation says, in 8 bits: Pillow would cut 16 bits off at 255."""
-    image = ImageOps.exif_transpose(image)
-    is_deep = image.mode.startswith("I")
-    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if is_deep else image
 
 
 def with_numbers_of(key: str, transform: Callable, image):
@@ -307,27 +306,27 @@ def find_parts(folder: Path) -> tuple[dict[str, Part], list[Path]]:
         for path in entries(place, folders=True):
             if path.name not in classes:
                 raise DataError(f"{path}: the class is not in {folders['train']}")
-            label = classes.index(path.name)
-            files = files_below(path, above)
-            parts[name] += [(file, label) for file in files if is_image(file)]
-            others += [file for file in files if not is_image(file)]
+            for file in files_below(path, above):
+                if is_image(file):
+                    parts[name].append((file, classes.index(path.name)))
+                else:
+                    others.append(file)
     return parts, others
-
-
-def digest_of(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
 
 
 def draw(part: Part, folder: Path, share: float, seed: int) -> tuple[Part, Part]:
     """(kept, drawn): a share of each class is drawn, at least one image, but never its last. The
     seed orders files by a digest of their names: new images move few others."""
+
+    def place(image: tuple[Path, int]) -> bytes:
+        name = image[0].relative_to(folder).as_posix()
+        return hashlib.sha256(os.fsencode(f"{seed} {name}")).digest()
+
     drawn = set()
     for _, images in itertools.groupby(part, key=lambda image: image[1]):
-        names = {image: image[0].relative_to(folder).as_posix() for image in images}
-        order = sorted(names, key=lambda image: digest_of(os.fsencode(f"{seed} {names[image]}")))
+        order = sorted(images, key=place)
         drawn.update(order[: min(max(1, round(share * len(order))), len(order) - 1)])
-    kept = [image for image in part if image not in drawn]
-    return kept, [image for image in part if image in drawn]
+    return [image for image in part if image not in drawn], [x for x in part if x in drawn]
 
 
 def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> Found:
@@ -338,10 +337,14 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
         raise DataError(f"--source {source} is for VTAB-1k, {task.folder} is a folder of images")
     folder, scored = Path(task.folder), roles[-1]
     found = Found("folder", "own images")
+
+    def names(paths: Sequence[Path]) -> str:
+        return printable(few([path.relative_to(folder).as_posix() for path in paths]))
+
+    # --- which image is of which part ---
     parts, others = find_parts(folder)
     if others:  # one may miss them
-        names = printable(few([path.relative_to(folder).as_posix() for path in others]))
-        print(f"note: {len(others)} files are not read as images: {names}", file=sys.stderr)
+        print(f"note: {len(others)} files are not read as images: {names(others)}", file=sys.stderr)
     if "test" not in parts and split_folders(folder)["train"] != folder:
         parts["test"] = parts.pop("val", [])
     for role, share in (("test", how.test_share), ("val", how.val_share)):
@@ -351,14 +354,15 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
         found.notes.append(f"{role}: {share:g} of each class, split seed {how.seed}")
         single = {label for _, label in parts["train"]} - {label for _, label in parts[role]}
         if single:
-            names = few([task.class_names[label] for label in sorted(single)])
-            print(f"note: a single image, which is trained on: class {names}", file=sys.stderr)
+            classes = few([task.class_names[label] for label in sorted(single)])
+            print(f"note: a single image, which is trained on: class {classes}", file=sys.stderr)
     parts = {role: parts.get(role, []) for role in roles}
+
+    # --- what cannot be read, what is missing, what is there twice ---
     bad = unreadable([path for path, _ in sum(parts.values(), [])])
     if bad:
-        names = few([path.relative_to(folder).as_posix() for path in bad])
         reason = next(iter(bad.values()))
-        what = f"{len(bad)} files of {folder} are no readable images: {names} ({reason})"
+        what = f"{len(bad)} files of {folder} are no readable images: {names([*bad])} ({reason})"
         if not how.skip_bad:
             raise DataError(f"{what}; mend or remove them, or leave them out: --skip-bad-images")
         print(f"left out: {printable(what)}", file=sys.stderr)
@@ -374,9 +378,8 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
     if empty or not found.images[scored]:
         what = f"training images of class {few(empty)}" if empty else f"readable {scored} images"
         raise DataError(f"{folder} has no {what}: add some, or put all images into <class>/*")
-    training = join([found.images[role] for role in roles[:-1]])
-    known = {digest_of(path.read_bytes()) for path in training}
-    twice = sum(digest_of(path.read_bytes()) in known for path in found.images[scored])
+    known = {path.read_bytes() for role in roles[:-1] for path in found.images[role]}
+    twice = sum(path.read_bytes() in known for path in found.images[scored])
     if twice:
         found.notes.append(f"{twice} {scored} images are training images too")
         print(f"warning: {found.notes[-1]}, the same bytes in two files", file=sys.stderr)
@@ -390,7 +393,6 @@ def unreadable(files: Sequence[Path]) -> dict[Path, str]:
         try:
             with open_image(path) as image:
                 image.draft("RGB", (64, 64))
-                image.load()
                 ImageOps.exif_transpose(image)
         except Exception as error:  # whatever a damaged file makes Pillow raise
             return type(error).__name__
@@ -436,16 +438,8 @@ def identify(own: dict, dataset: str, out: str | os.PathLike) -> dict:
     return own | {"dataset": printable(folder.name), FOLDER: digest.hexdigest()}
 
 
-def list_rows(images: Images) -> list[tuple[str, str]]:
-    """(path in its folder, class) of each image of a folder of one's own."""
-    paths = [path.relative_to(images.folder).as_posix() for path in images.files]
-    return [(path, images.class_names[i]) for path, i in zip(paths, images.labels, strict=True)]
-
-
 # --- tasks ----------------------------------------------------------------------------------------
-
 SUITES = {"vtab": "vtab-1k", "fgvc": "fgvc"}  # all tasks of a benchmark
-BENCHMARKS = [*dict.fromkeys(task.benchmark for task in TASKS.values()), OWN]
 SOURCES = ("auto", "original", "prepared")
 
 
@@ -469,22 +463,8 @@ def find_task(name: str, folder_split: FolderSplit = FolderSplit()) -> Task:
     if key in SUITES:
         raise DataError(f"{name} is a suite of tasks: python suite.py --dataset {key}")
     near = difflib.get_close_matches(key, [*names, *SUITES], n=1, cutoff=0.5)
-    if near:
-        raise DataError(f"unknown dataset {name!r}: did you mean {near[0]!r}?")
-    known = ", ".join([*SUITES, *TASKS])
-    raise DataError(f"unknown dataset {name!r}: there is no such folder, and the tasks are {known}")
-
-
-def place_in_table(name: str, identity: dict) -> tuple[str, str]:
-    """(benchmark, task) of a finished run; folders of one name differ by their digests."""
-    is_own = FOLDER in identity
-    return (OWN, f"{name} {identity[FOLDER][:6]}") if is_own else (TASKS[name].benchmark, name)
-
-
-def groups_of(benchmark: str, found: Iterable[str]) -> dict[str, str]:
-    """{task: group} of a benchmark's tasks, in the table's order, or of the folders found."""
-    groups = {task.name: task.group for task in tasks_of(benchmark)}
-    return groups or dict.fromkeys(found, benchmark)
+    hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(TASKS)}"
+    raise DataError(f"unknown dataset {name!r}, and there is no such folder: {hint}")
 
 
 def load(
@@ -523,8 +503,9 @@ def load(
         images.left_out, images.digests = found.left_out, found.digests
         both.append(images)
         paths += [item for item in items if isinstance(item, Path)]
-        count = len(images)
-        size = sum(task.sizes[ROLE_NUMBER[part]] for part in parts) if task.sizes else count
+        count = size = len(images)
+        if task.sizes:
+            size = sum(task.sizes[ROLE_NUMBER[part]] for part in parts)
         official = official and count == size
         counts.append(f"{count} of {size} {role} (subset)" if count < size else f"{count} {role}")
     proof = f" ({'; '.join(found.notes)})" if found.notes else ""
@@ -558,7 +539,7 @@ def print_task(task: Task, root: Path) -> bool:
     missing, is_whole = [], True
     for source in task.sources:
         try:
-            _, images = load(task.folder or task.name, root, source=source, download=False)
+            _, images = load(task.argument, root, source=source, download=False)
             print(f"    {'official' if images.official else 'NOT OFFICIAL'}: {images.description}")
             for name, digest in images.digests.items():
                 print(f"        {name:16} sha256 {digest}")
@@ -574,12 +555,8 @@ def print_task(task: Task, root: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table; exit code 1 if something is damaged, 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(
-        prog="data.py",
-        usage=argparse.SUPPRESS,  # an error is one line then
-        description="Print the table of tasks, what of it is there, and its proof.",
-        allow_abbrev=False,
-    )
+    words = "Print the table of tasks, what of it is there, and its proof."
+    parser = argparse.ArgumentParser("data.py", argparse.SUPPRESS, words, allow_abbrev=False)
     parser.add_argument("--data-dir", help="the folder of all data sets (default: data)")
     words = "tasks, vtab, fgvc (default: both)"
     parser.add_argument("--dataset", nargs="+", default=["vtab", "fgvc"], help=words)

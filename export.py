@@ -1,24 +1,26 @@
 """A trained model for other programs: timm, ONNX, torch.export and PEFT.
 
-    export_peft(model, "adapter")                       # for peft.PeftModel.from_pretrained
-    export("onnx", Path("model.onnx"), model, ...)      # written, loaded back and compared
+    export_peft(model, "adapter")                          # for peft.PeftModel.from_pretrained
+    export("onnx", Path("model.onnx"), model, config, x)   # written, loaded back and compared
 
-`FORMATS` has a row for each: what it needs, how it is written and how it is loaded back. An export
-is there when its logits are the run's, or not at all. Beside it a JSON file says how to prepare
-images and which line of Python loads it.
+`FORMATS` has a row for each: what it needs, how it is written and loaded back. An export is there
+when its logits are the run's, or not at all. Beside it a JSON file says how to prepare images and
+which line of Python loads it.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import io
 import json
 import logging
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
 import timm
@@ -26,86 +28,32 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from data import Images, create_normalizer, mean_and_std
 from methods import METHODS, adapters
 from mlae import MLAELinear
-from model import (
-    NANO,
-    ModelError,
-    architecture,
-    create_backbone,
-    few,
-    first_line,
-    heads,
-    merge,
-)
+from model import NANO, ModelError, architecture, create_backbone, few, first_line, heads, merge
 from runs import RunError, check_new, new_file, write_json
 
 AGREE = 1e-4  # largest difference of a logit, over the largest logit if that is above 1
-PREPARATION = "preprocessing.json"  # in PEFT's folder; else the file's name with .json
 
 
-@dataclass(frozen=True)
-class Base:
-    """The plain timm model that a run started from: arguments of `model.create_backbone`."""
-
-    name: str
-    classes: int
-    img_size: int
-    checkpoint: str | None = None
-    pretrained: bool = True
-
-    def create(self) -> nn.Module:
-        """The model with its weights and a new head."""
-        options = {"pretrained": self.pretrained, "checkpoint": self.checkpoint}
-        return create_backbone(self.name, self.classes, img_size=self.img_size, **options)
-
-    @cached_property
-    def call(self) -> tuple[str, dict]:
-        """Name and keywords with which `timm.create_model` makes a model of the same parts."""
-        if self.name == "vit_nano":
-            keywords = {"num_classes": self.classes} | NANO | {"img_size": self.img_size}
-            return "vit_tiny_patch16_224", keywords
-        keywords = {"num_classes": self.classes, "img_size": self.img_size}
-        try:
-            timm.create_model(self.name, **keywords)
-        except TypeError:  # a convolutional network takes images of any size
-            del keywords["img_size"]
-        return self.name, keywords
-
-    def line(self) -> str:
-        """A line of Python that makes the model with its pre-trained weights."""
-        name, keywords = self.call
-        if self.pretrained and not self.checkpoint and name == self.name:
-            return f"base = timm.create_model({_arguments(name, pretrained=True, **keywords)})"
-        options = {"pretrained": self.pretrained, "checkpoint": self.checkpoint}
-        words = _arguments(self.name, self.classes, **options, img_size=self.img_size)
-        return f"base = model.create_backbone({words})  # of this repository"
+# to_*(model, path, x (B, 3, S, S), run) writes a file or folder and loads it back from there alone:
+# it returns what turns images into logits.
 
 
-def _arguments(*values, **keywords) -> str:
-    words = [repr(value) for value in values]
-    return ", ".join(words + [f"{key}={value!r}" for key, value in keywords.items()])
-
-
-def write_timm(model: nn.Module, path: Path, x: Tensor) -> None:
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+def to_timm(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> Callable:
+    state = {key: value.contiguous() for key, value in merge(model).state_dict().items()}
     path.write_bytes(save(state, {"format": "pt"}))
-
-
-def read_timm(path: Path, base: Base) -> Callable:
-    name, keywords = base.call
+    name, keywords = timm_call(run.model, model.num_classes, run.img_size)
     return timm.create_model(name, checkpoint_path=str(path), **keywords).eval()
 
 
-def line_timm(path: Path, base: Base) -> str:
-    name, keywords = base.call
-    words = _arguments(name, checkpoint_path=str(path), **keywords)
-    return f"model = timm.create_model({words}).eval()"
+def to_onnx(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> Callable:
+    import onnx
+    import onnxruntime
 
-
-def write_onnx(model: nn.Module, path: Path, x: Tensor) -> None:
     torch.onnx.export(
-        model,
+        merge(model) if METHODS[model.method].mergeable else model,
         (x,),
         path,
         dynamo=True,
@@ -115,78 +63,73 @@ def write_onnx(model: nn.Module, path: Path, x: Tensor) -> None:
         external_data=False,
         verbose=False,
     )
-
-
-def read_onnx(path: Path, base: Base) -> Callable:
-    import onnx
-    import onnxruntime
-
     onnx.checker.check_model(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
-def line_onnx(path: Path, base: Base) -> str:
-    return f"session = onnxruntime.InferenceSession({str(path)!r})"
-
-
-def write_torch(model: nn.Module, path: Path, x: Tensor) -> None:
+def to_torch(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> Callable:
+    merged = merge(model) if METHODS[model.method].mergeable else model
     batch = torch.export.Dim("batch")
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(merged, (x,), dynamic_shapes=({0: batch},))
     torch.export.save(program, path)
-
-
-def read_torch(path: Path, base: Base) -> Callable:
     return torch.export.load(path).module()
 
 
-def line_torch(path: Path, base: Base) -> str:
-    return f"model = torch.export.load({str(path)!r}).module()"
-
-
-def write_peft(model: nn.Module, path: Path, x: Tensor) -> None:
-    export_peft(model, path)
-
-
-def read_peft(path: Path, base: Base) -> Callable:
+def to_peft(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> Callable:
     import peft
 
-    return peft.PeftModel.from_pretrained(base.create(), str(path)).eval()
-
-
-def line_peft(path: Path, base: Base) -> str:
-    line = f"model = peft.PeftModel.from_pretrained(base, {str(path)!r}).eval()"
-    return f"{base.line()}\n{line}"
+    export_peft(model, path)
+    weights = {"pretrained": not run.no_pretrained, "checkpoint": run.checkpoint}
+    base = create_backbone(run.model, model.num_classes, img_size=run.img_size, **weights)
+    return peft.PeftModel.from_pretrained(base, str(path)).eval()
 
 
 @dataclass(frozen=True)
 class Format:
-    """A row of FORMATS.
-
-    Attributes:
-        ending: of the file's name; "" for a folder.
-        merges: "always" (into a plain timm model), "if it can", "never".
-        packages: what it needs beside timm and torch.
-        write: (model, path, images (B, 3, S, S)) -> None.
-        read: (path, base) -> what turns images into logits, from what was written alone.
-        line: (path, base) -> a line of Python that loads it.
-    """
+    """A row of FORMATS: the ending of the file's name ("" for a folder), the packages that it needs
+    beside timm and torch, what writes it and loads it back, the Python that loads it."""
 
     ending: str
-    merges: str
     packages: tuple[str, ...]
-    write: Callable[[nn.Module, Path, Tensor], None]
-    read: Callable[[Path, Base], Callable]
-    line: Callable[[Path, Base], str]
+    write: Callable[[nn.Module, Path, Tensor, argparse.Namespace], Callable]
+    python: str
 
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
+TIMM = "model = timm.create_model({name!r}, checkpoint_path={path!r}, {keywords}).eval()"
+PEFT = "{base}\nmodel = peft.PeftModel.from_pretrained(base, {path!r}).eval()"
 FORMATS = {
-    "timm": Format(".safetensors", "always", (), write_timm, read_timm, line_timm),
-    "onnx": Format(".onnx", "if it can", ONNX, write_onnx, read_onnx, line_onnx),
-    "torch": Format(".pt2", "if it can", (), write_torch, read_torch, line_torch),
-    "peft": Format("", "never", ("peft",), write_peft, read_peft, line_peft),
+    "timm": Format(".safetensors", (), to_timm, TIMM),
+    "onnx": Format(".onnx", ONNX, to_onnx, "session = onnxruntime.InferenceSession({path!r})"),
+    "torch": Format(".pt2", (), to_torch, "model = torch.export.load({path!r}).module()"),
+    "peft": Format("", ("peft",), to_peft, PEFT),
 }
+
+
+@cache  # it may have to make a model
+def timm_call(name: str, classes: int, img_size: int) -> tuple[str, dict]:
+    """Name and keywords with which `timm.create_model` makes the plain model of a run."""
+    keywords = {"num_classes": classes, "img_size": img_size}
+    if name == "vit_nano":
+        return "vit_tiny_patch16_224", keywords | NANO | {"img_size": img_size}
+    try:
+        timm.create_model(name, **keywords)
+    except TypeError:  # a convolutional network takes images of any size
+        del keywords["img_size"]
+    return name, keywords
+
+
+def loading_lines(kind: str, path: Path, classes: int, run: argparse.Namespace) -> str:
+    """The Python that loads an export."""
+    name, keywords = timm_call(run.model, classes, run.img_size)
+    words = ", ".join(f"{key}={value!r}" for key, value in keywords.items())
+    base = f"base = timm.create_model({name!r}, pretrained=True, {words})"
+    if run.no_pretrained or run.checkpoint or name != run.model:
+        base = f"base = model.create_backbone({run.model!r}, {classes}, "
+        base += f"pretrained={not run.no_pretrained}, checkpoint={run.checkpoint!r}, "
+        base += f"img_size={run.img_size})  # of this repository"
+    return FORMATS[kind].python.format(name=name, keywords=words, path=str(path), base=base)
 
 
 def check_place(kind: str, path: Path) -> None:
@@ -198,96 +141,61 @@ def check_place(kind: str, path: Path) -> None:
     row = FORMATS[kind]
     check_new(path, flag, row.ending)
     if row.ending:
-        check_new(_beside(path), flag)
+        check_new(path.with_name(f"{path.name}.json"), flag)
     missing = [name for name in row.packages if importlib.util.find_spec(name) is None]
     if missing:
-        names = " ".join(missing)
-        raise RunError(f"{flag} needs packages that are not here: pip install {names}")
+        raise RunError(f"{flag} needs packages that are not here: pip install {' '.join(missing)}")
 
 
 def export(
-    kind: str,
-    path: Path,
-    model: nn.Module,
-    base: Base,
-    x: Tensor,
-    about: dict,
-) -> float:
-    """Write a trained model in eval mode as a new file or folder; load that back and compare.
+    kind: str, path: Path, model: nn.Module, config: dict, images: Tensor
+) -> tuple[float, str]:
+    """Write a run's model as a new file or folder, load that back and compare.
 
-    Args:
-        kind: a key of FORMATS.
-        base: what the model started from.
-        x: normalised images (B, 3, S, S) to compare logits on, all together and the first alone.
-        about: JSON values, as of `preparation`, written beside.
-
-    Returns the largest difference of a logit. Raises ModelError for a method or model that cannot
-    be exported so, RunError if it cannot be written or its logits differ; nothing is then left.
+    `kind` is a key of FORMATS, model and config are `eval.load_run`'s. Logits are compared on images
+    (B, 3, S, S) uint8, all together and the first alone. Returns the largest difference of a logit
+    and the Python that loads the file. Raises ModelError for what cannot be exported so, RunError
+    if it cannot be written or its logits differ; nothing is then left.
     """
     check_place(kind, path)
-    row, flag = FORMATS[kind], f"--export {kind}"
-    can_merge = METHODS[model.method].mergeable
-    if row.merges == "always" or (row.merges == "if it can" and can_merge):
-        written = merge(model).eval()
-    else:
-        written = model
+    row, run, flag = FORMATS[kind], config["arguments"], f"--export {kind}"
+    x = create_normalizer(run, model)(images)  # (B, 3, S, S) float32
     with torch.no_grad():
-        logits = model(x)
-    about = about | {"python": row.line(path, base).splitlines()}
-    with new_file(path, flag) as draft:
-        try:
-            with quiet():
-                row.write(written, draft, x)
-                again = row.read(draft, base)
-        except (ModelError, OSError):
-            raise
-        except Exception as error:  # whatever an exporter cannot do, in its words
-            raise ModelError(f"{flag}: {architecture(model)}: {first_line(error)}") from error
-        with torch.no_grad():
-            difference = (again(x) - logits).abs().max().item()
-            alone = (again(x[:1]) - logits[:1]).abs().max().item()
-        difference = max(difference, alone)
-        if not difference <= AGREE * max(1.0, logits.abs().max().item()):
-            raise RunError(f"{flag}: loaded back, its logits differ by {difference:.1e}: not kept")
-        if row.ending:
-            write_json(_beside(path), about)
-        else:
-            write_json(draft / PREPARATION, about)
-    return difference
-
-
-def preparation(view: object, mean: tuple, std: tuple) -> dict:
-    """How images become an input of the model, as JSON values; `view` are images of the run."""
-    side = [view.img_size, view.img_size]
-    return {
-        "resize": view.short or side,  # the short side, or both
+        logits = model(x)  # (B, classes)
+    python = loading_lines(kind, path, model.num_classes, run)
+    side, (mean, std) = [run.img_size, run.img_size], mean_and_std(run, model)
+    about = {
+        "resize": Images([], [], run.img_size, augment=run.augment).short or side,  # the short side
         "crop": side,  # from the centre
         "interpolation": "bicubic",
         "scale": "pixels / 255",
         "mean": list(mean),
         "std": list(std),
+        "class_names": config["class_names"],
+        "weights": config["weights"],
+        "python": python.splitlines(),
     }
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
-@contextmanager
-def quiet():
-    """Without what exporters print and warn of: the comparison decides."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            open(os.devnull, "w") as nothing,
-            redirect_stdout(nothing),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with new_file(path, flag) as draft:
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # exporters say much; the comparison decides
+        try:
+            with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                again = row.write(model, draft, x, run)
+        except (ModelError, OSError):
+            raise
+        except Exception as error:  # whatever an exporter cannot do, in its words
+            raise ModelError(f"{flag}: {architecture(model)}: {first_line(error)}") from error
+        finally:
+            logging.disable(before)
+        with torch.no_grad():
+            apart = torch.cat([again(x) - logits, again(x[:1]) - logits[:1]])  # (B + 1, classes)
+        difference = apart.abs().max().item()
+        if not difference <= AGREE * max(1.0, logits.abs().max().item()):
+            raise RunError(f"{flag}: loaded back, its logits differ by {difference:.1e}: not kept")
+        beside = path.with_name(f"{path.name}.json")
+        write_json(beside if row.ending else draft / "preprocessing.json", about)
+    return difference, python
 
 
 @torch.no_grad()
@@ -300,11 +208,11 @@ def export_peft(model: nn.Module, directory: str | os.PathLike) -> None:
     ModelError, nothing written, for a method whose update is not of low rank, or that trains
     more than layers and head.
     """
-    state, ranks, adapted = {}, {}, adapters(model)
+    state, ranks, adapted, head = {}, {}, adapters(model), heads(model)
     for name, layer in adapted.items():
         if type(layer) is not MLAELinear:
-            kind = type(layer).__name__
-            raise ModelError(f"PEFT's LoRA cannot hold a {kind} ({name}): no product of A and B")
+            what = f"a {type(layer).__name__} ({name})"
+            raise ModelError(f"PEFT's LoRA cannot hold {what}: no product of A and B")
         if layer.rank:
             ranks[name] = layer.rank
             factor = (layer.lora_lambda * layer.expert_mask)[:, None]  # (rank, 1)
@@ -312,15 +220,13 @@ def export_peft(model: nn.Module, directory: str | os.PathLike) -> None:
             state[f"{name}.lora_B.weight"] = layer.full_B()  # (out, rank)
     if not ranks:
         raise ModelError("PEFT's LoRA needs an adapted layer: this model has none")
-    head = heads(model)
     own = tuple(f"{name}." for name in (*adapted, *head))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     others = [name for name in trained if not name.startswith(own)]
     if others:
         raise ModelError(f"PEFT's LoRA has no place for what trained beside: {few(others)}")
     for name, module in head.items():
-        for key, value in module.state_dict().items():
-            state[f"{name}.{key}"] = value
+        state |= module.state_dict(prefix=f"{name}.")
     rank = max(ranks.values())
     fewer = {name: own_rank for name, own_rank in ranks.items() if own_rank != rank}
     config = {
@@ -337,9 +243,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike) -> None:
         "target_modules": list(ranks),
         "modules_to_save": list(head) or None,
     }
-    tensors = {}
-    for key, value in state.items():
-        tensors[f"base_model.model.{key}"] = value.detach().cpu().contiguous().clone()
+    tensors = {f"base_model.model.{key}": value.cpu().contiguous() for key, value in state.items()}
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))

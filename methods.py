@@ -23,65 +23,43 @@ from torch.utils.checkpoint import checkpoint
 
 from mlae import MLAELinear, expert_similarity, fixed_masks, mask_rates, set_mask_prob
 
+
 # --- the row of a method --------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Method:
-    """A row of METHODS.
+    """A row of METHODS."""
 
-    Attributes:
-        trains: what it trains beside the head, in words.
-        layer: the nn.Linear that takes the place of a linear layer, with `from_linear(linear,
-            **keywords)`, `delta_weight()` and `to_linear()`; None if there is no such layer.
-        settings: the method's settings with their defaults: keywords of `model.create`.
-        settings_by_target: the settings that may be {target: value} instead of a value.
-        layer_settings: (paths of the layers, settings) -> the keywords of `from_linear` for each layer.
-        frozen: settings -> names of the layer's parameters that do not train.
-        lr_factor: (name of a parameter, settings) -> its learning rate over that of the rest.
-        unfreezes: (name of a parameter of the backbone, its module) -> whether it trains too; None if
-            nothing of the backbone is meant to.
-        targets: the layers that it adapts unless others are asked for.
-        mergeable: whether its layers can be merged into plain ones.
-        penalty: model -> scalar, added to the loss.
-        before_step: (model, progress) is called between backward and the optimizer's step, and
-            once before the first step; progress goes from 0 to 1 over the training.
-        after_epoch: model -> columns of the run's log, once an epoch.
-        version: to be raised when the method changes, so that its runs are others.
-    """
-
-    trains: str
+    trains: str  # what it trains beside the head, in words
+    # takes the place of a linear layer, with `from_linear(linear, **keywords)`, `delta_weight()`
+    # and `to_linear()`; None if there is no such layer
     layer: type[nn.Linear] | None = None
-    settings: dict = field(default_factory=dict)
-    settings_by_target: tuple[str, ...] = ()
-    layer_settings: Callable[[Sequence, dict], list[dict]] = lambda names, settings: (
-        [settings] * len(names)
-    )
-    frozen: Callable[[dict], tuple[str, ...]] = lambda settings: ()
-    lr_factor: Callable[[str, dict], float] = lambda name, settings: 1.0
+    settings: dict = field(default_factory=dict)  # keywords of `model.create`, with their defaults
+    # paths of the layers, settings -> the keywords of `from_linear` for each layer
+    layer_settings: Callable = lambda names, settings: [settings] * len(names)
+    frozen: Callable = lambda settings: ()  # names of the layer's parameters that do not train
+    lr_factor: Callable = lambda name, settings: 1.0  # of a parameter, over the rate of the rest
+    # name of a parameter of the backbone, its module -> whether it trains too; None: none does
     unfreezes: Callable[[str, nn.Module], bool] | None = None
-    targets: tuple[str, ...] = ("attn.qkv",)
-    mergeable: bool = True
-    penalty: Callable[[nn.Module], Tensor | float] = lambda model: 0.0
-    before_step: Callable[[nn.Module, float], None] = lambda model, progress: None
-    after_epoch: Callable[[nn.Module], dict] = lambda model: {}
-    version: int = 1
+    targets: tuple[str, ...] = ("attn.qkv",)  # the layers that it adapts unless told otherwise
+    mergeable: bool = True  # whether its layers can be merged into plain ones
+    penalty: Callable = lambda model: 0.0  # a scalar, added to the loss
+    # called between backward and the optimizer's step, and once before the first step, with a
+    # progress from 0 to 1 over the training
+    before_step: Callable = lambda model, progress: None
+    after_epoch: Callable = lambda model: {}  # columns of the run's log, once an epoch
+    capturable: bool = True  # whether a step with it can be one CUDA graph: no shape changes
+    version: int = 1  # to be raised when the method changes, so that its runs are others
 
     def signature(self) -> dict:
-        """What sets runs of this row apart from others under the same name: a layer of one's own,
-        another version; nothing for the rows of this file."""
-        own = {}
+        """What sets its runs apart from others of the same name; nothing for rows of this file."""
+        own = {} if self.version == 1 else {"version": self.version}
         if self.layer and self.layer.__module__ not in ("mlae", __name__):
             own["layer"] = f"{self.layer.__module__}.{self.layer.__qualname__}"
-        if self.version != 1:
-            own["version"] = self.version
         return own
 
     def complete(self, given: dict) -> dict:
-        """This method's settings: those given, defaults for the rest, without other methods'.
-
-        Raises TypeError for a setting that no method has.
-        """
+        """The settings given, without other methods', and defaults for the rest; TypeError for one
+        that no method has."""
         for name in given:
             if name not in self.settings and name not in self.foreign():
                 raise TypeError(f"no method has a setting {name!r}")
@@ -93,8 +71,7 @@ class Method:
             return []
         names = []
         for name, _ in model.named_parameters():
-            owner = model.get_submodule(name.rpartition(".")[0])
-            if self.unfreezes(name, owner):
+            if self.unfreezes(name, model.get_submodule(name.rpartition(".")[0])):
                 names.append(name)
         if not names:
             raise ValueError(f"the model has none of what this method trains: {self.trains}")
@@ -102,23 +79,16 @@ class Method:
 
     def foreign(self) -> set[str]:
         """The names of settings that other methods have and this one does not."""
-        names = set()
-        for row in METHODS.values():
-            names.update(row.settings)
-        return names - set(self.settings)
+        return set().union(*(row.settings for row in METHODS.values())) - set(self.settings)
 
 
 # --- MLAE's masks over many layers and over the training -------------------------------------------
-# How often an expert is masked, `mask_prob`, is one number p, or one for each target:
-# {"attn.qkv": 0.5, "mlp.fc1": 0.3}. Its pattern spreads it over the depth of the model: with one
-# number over all adapted layers, with several over the layers of each target by themselves, so that
-# every target has its own p as the mean. Its schedule multiplies all of them, step by step.
+# `mask_prob` is one number p, or one for each target: {"attn.qkv": 0.5, "mlp.fc1": 0.3}. Its pattern
+# spreads it over the depth of the model, one number over all adapted layers, several over those of
+# each target, which so has its own p as the mean. Its schedule multiplies all of them step by step.
 
-MASKINGS = {  # which masks act: (a new one at every step, one drawn for good)
-    "stochastic": (True, False),
-    "fixed": (False, True),
-    "mixed": (True, True),
-}
+# which masks act: (a new one at every step, one drawn for good)
+MASKINGS = {"stochastic": (True, False), "fixed": (False, True), "mixed": (True, True)}
 SCHEDULES = {  # the factor on p at a progress from 0 to 1 of the training
     "constant": lambda progress: 1.0,
     "increase": lambda progress: progress,
@@ -130,11 +100,8 @@ SCHEDULES = {  # the factor on p at a progress from 0 to 1 of the training
 
 def mlae_layers(model: nn.Module) -> dict[str, MLAELinear]:
     """Path -> MLAE layer of a model, in the order of its modules."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MLAELinear):
-            found[name] = module
-    return found
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, MLAELinear)}
 
 
 def ends_in(name: str, target: str) -> bool:
@@ -143,69 +110,58 @@ def ends_in(name: str, target: str) -> bool:
     return f".{name}".endswith((f".{target}", f".{fused}"))
 
 
-def groups(names: Sequence[str], mask_prob: float | dict) -> list[tuple[float, list[int]]]:
-    """[(p, numbers of the layers that have it as their mean), ...], in the order of the layers.
+def by_layer(names: Sequence[str], mask_prob: float | dict, draw: Callable) -> list:
+    """A value for each layer, of `draw(number of layers, their mean p)`.
 
-    All layers are one group if `mask_prob` is a number, else those of a target are. Raises
-    ValueError for a layer without a p, or with two, and for a target without layers.
+    All are drawn at once if `mask_prob` is a number, else those of each target. Raises ValueError
+    for a layer without a p, or with two, and for a target without layers.
     """
     if not isinstance(mask_prob, dict):
-        return [(mask_prob, list(range(len(names))))]
-    members: dict[str, list[int]] = {}
-    for number, name in enumerate(names):
-        targets = []
-        for target in sorted(mask_prob):
-            if ends_in(name, target):
-                targets.append(target)
+        return list(draw(len(names), mask_prob))
+    members: dict[str, list[str]] = {}
+    for name in names:
+        targets = [target for target in sorted(mask_prob) if ends_in(name, target)]
         if not targets:
             hint = "suite.py wants commas between the targets of one setting"
             raise ValueError(f"--mask-prob has no value for {name}, which is adapted too; {hint}")
         if len({mask_prob[target] for target in targets}) > 1:
             words = " and ".join(targets)
             raise ValueError(f"--mask-prob: {words} share {name}: give them the same value")
-        members.setdefault(targets[0], []).append(number)
+        members.setdefault(targets[0], []).append(name)
     for target in mask_prob:
         if not any(ends_in(name, target) for name in names):
             raise ValueError(f"--mask-prob {target}: no adapted layer has a name that ends so")
-    return [(mask_prob[target], numbers) for target, numbers in members.items()]
+    values = {}
+    for target, own in members.items():
+        values.update(zip(own, draw(len(own), mask_prob[target]), strict=True))
+    return [values[name] for name in names]
 
 
 def layer_rates(names: Sequence[str], settings: dict, factor: float = 1.0) -> list[float]:
     """The masking probability of each layer; `factor` is the schedule's."""
-    rates = [0.0] * len(names)
-    for p, numbers in groups(names, settings["mask_prob"]):
-        spread = mask_rates(settings["pattern"], len(numbers), p * factor)
-        for number, rate in zip(numbers, spread.tolist(), strict=True):
-            rates[number] = rate
-    return rates
+    pattern, p = settings["pattern"], settings["mask_prob"]
+    return by_layer(names, p, lambda n, p: mask_rates(pattern, n, p * factor).tolist())
 
 
 def mlae_plan(names: Sequence[str], settings: dict) -> list[dict]:
-    """The masking of each layer: a rate for random masks, a fixed mask drawn here, or both.
-
-    The mask is drawn from torch's generator. Raises ValueError for a masking, rate or pattern that
-    is not to be had.
-    """
-    masking, pattern = settings["masking"], settings["pattern"]
+    """The masking of each layer: a rate for random masks, a fixed mask drawn here from torch's
+    generator, or both. Raises ValueError for a masking, rate or pattern that is not to be had."""
+    masking, schedule, pattern = settings["masking"], settings["schedule"], settings["pattern"]
     if masking not in MASKINGS:
         raise ValueError(f"--masking must be one of {', '.join(MASKINGS)}, not {masking!r}")
-    if settings["schedule"] not in SCHEDULES:
+    if schedule not in SCHEDULES:
         raise ValueError(f"--mask-schedule must be one of {', '.join(SCHEDULES)}")
-    if settings["schedule"] != "constant" and masking == "fixed":
-        raise ValueError(f"schedule {settings['schedule']} needs masking stochastic or mixed")
-    rates: list = [0.0] * len(names)
-    masks: list = [None] * len(names)
+    if schedule != "constant" and masking == "fixed":
+        raise ValueError(f"schedule {schedule} needs masking stochastic or mixed")
     every_step, for_good = MASKINGS[masking]
+    rates, masks = [0.0] * len(names), [None] * len(names)
     if every_step:
         rates = layer_rates(names, settings)
     if for_good:
-        for p, numbers in groups(names, settings["mask_prob"]):
-            drawn = fixed_masks(pattern, len(numbers), settings["rank"], p)
-            for number, mask in zip(numbers, drawn, strict=True):
-                masks[number] = mask
-    shared = {"rank": settings["rank"], "coef_init": settings["coef_init"]}
+        rank, p = settings["rank"], settings["mask_prob"]
+        masks = by_layer(names, p, lambda n, p: fixed_masks(pattern, n, rank, p))
     plan = []
-    for rate, mask in zip(rates, masks, strict=True):
+    for shared, rate, mask in zip(lora_plan(names, settings), rates, masks, strict=True):
         plan.append(shared | {"mask_prob": rate, "expert_mask": mask})
     return plan
 
@@ -214,11 +170,9 @@ def mlae_schedule(model: nn.Module, progress: float) -> None:
     """Set the masking probability p of the next step: p times the schedule at this progress."""
     settings = model.method_settings
     every_step, _ = MASKINGS[settings["masking"]]
-    if settings["schedule"] == "constant" or not every_step:
-        return
-    factor = SCHEDULES[settings["schedule"]](progress)
-    rates = layer_rates(list(mlae_layers(model)), settings, factor)
-    set_mask_prob(model, torch.tensor(rates, dtype=torch.float64))
+    if every_step and settings["schedule"] != "constant":
+        factor = SCHEDULES[settings["schedule"]](progress)
+        set_mask_prob(model, layer_rates(list(mlae_layers(model)), settings, factor))
 
 
 def mlae_log(model: nn.Module) -> dict:
@@ -240,11 +194,6 @@ def similarity_log(model: nn.Module) -> dict:
 
 
 # --- LoRA and RM-LoRA ------------------------------------------------------------------------------
-
-
-def mlae_lr_factor(name: str, settings: dict) -> float:
-    """Lambda may learn faster or slower than the rest."""
-    return settings["lambda_lr"] if name.endswith("lora_lambda") else 1.0
 
 
 def lora_plan(names: Sequence[str], settings: dict) -> list[dict]:
@@ -278,8 +227,7 @@ def mask_gradients(model: nn.Module, progress: float) -> None:
     masked; nor is the head, which in the authors' code learns at the first step only.
     """
     settings, layers = model.method_settings, list(mlae_layers(model).values())
-    started = any(layer.lora_B.any() for layer in layers)
-    if layers[0].lora_A.grad is None or not started:
+    if layers[0].lora_A.grad is None or not any(layer.lora_B.any() for layer in layers):
         return
     order = torch.rand(2, len(layers), settings["rank"], device="cpu").argsort(-1)
     active = (order < settings["active_ranks"]).to(layers[0].lora_A.device)  # (2, layers, rank)
@@ -289,10 +237,31 @@ def mask_gradients(model: nn.Module, progress: float) -> None:
         layer.lora_B.grad *= columns
 
 
-# --- Mixture of Ranks ------------------------------------------------------------------------------
+# --- layers with factors of another kind -----------------------------------------------------------
 
 
-class MoRLinear(MLAELinear):
+class FactoredLinear(nn.Linear):
+    """A frozen linear layer with two factors: `lora_A` (rank, in) and `lora_B` (out, rank).
+
+    It has no experts and no masks, and so is no MLAELinear, but is made, shared and merged as one.
+    What the factors are for is up to the `forward` and `_fold_onto` of a subclass. `sizes` and
+    `place` are as for nn.Linear, `rows` as for MLAELinear: `lora_B` is then (len(rows), rank).
+    """
+
+    def __init__(self, *sizes, rank: int, rows=None, _factors_on=None, **place) -> None:
+        super().__init__(*sizes, **place)
+        self._add_factors(rank, rows, _factors_on)
+
+    _add_factors = MLAELinear._add_factors
+    from_linear = classmethod(MLAELinear.from_linear.__func__)
+    delta_weight = MLAELinear.delta_weight
+    to_linear = MLAELinear.to_linear
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class MoRLinear(FactoredLinear):
     """Mixture of Ranks (arXiv 2410.13408): N experts that differ in the scales of a shared LoRA.
 
         y = x W^T + b + sum_i g_i lB_i * (B (lA_i * (A x)))        g = softmax(router x)
@@ -303,17 +272,14 @@ class MoRLinear(MLAELinear):
     stay the same.
     """
 
-    def __init__(
-        self, in_features, out_features, bias=True, *, rank=8, num_experts=8, **place
-    ) -> None:
-        super().__init__(in_features, out_features, bias, rank=rank, mask_prob=0.0, **place)
+    def __init__(self, *sizes, rank=8, num_experts=8, **place) -> None:
+        super().__init__(*sizes, rank=rank, **place)
         if num_experts < 1:
             raise ValueError(f"num_experts must be at least 1, not {num_experts}")
-        del self.lora_lambda, self.expert_mask  # of MLAELinear, which made the factors
         like = {"device": self.lora_A.device, "dtype": self.lora_A.dtype}
-        self.scale_A = nn.Parameter(self.lora_A.new_empty(num_experts, rank).normal_(1, 0.02))
-        self.scale_B = nn.Parameter(self.lora_B.new_ones(num_experts, len(self.lora_B)))
-        self.router = nn.Linear(in_features, num_experts, bias=False, **like)
+        self.scale_A = nn.Parameter(torch.empty(num_experts, rank, **like).normal_(1, 0.02))
+        self.scale_B = nn.Parameter(torch.ones(num_experts, len(self.lora_B), **like))
+        self.router = nn.Linear(self.in_features, num_experts, bias=False, **like)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)  # (..., out)
@@ -332,38 +298,6 @@ class MoRLinear(MLAELinear):
 
 
 # --- SNELL and SNELLA ------------------------------------------------------------------------------
-# SNELL and SNELLA: sparse tuning of a linear layer by a kernel of low-rank factors.
-#
-# A linear layer W (out, in) is frozen. Two factors, `lora_A` (rank, in) and `lora_B` (out, rank),
-# make an update of full rank: not by their product but by the distances of their vectors, of which
-# the first half of the ranks counts as a and b, the second as a' and b':
-#
-#     D_ji = 0.1 ||a_i - b_j|| - 0.1 ||a'_i - b'_j||
-#
-# Most entries are then dropped, by the quantile q of |D| over the layer at its `sparsity`:
-#
-#     W' = W + D * |D|.detach() where |D| > q, W elsewhere      gate="code", what the authors run
-#     W' = W + D * max(|D| - q, 0)                              gate="paper", what they print
-#
-# SNELL (Shen et al. 2024, arXiv 2411.01800) has one sparsity for all layers. SNELLA (arXiv
-# 2510.24037) puts D + a softmax(D / g) + b, the softmax over the outputs, in the place of D, with
-# learned (a, g, b); and it shares a budget of nonzero entries, which falls in training, out to the
-# layers by their importance (`reallocate`).
-#
-# What we do differently: a fused qkv is one layer with one quantile, the authors have three (of some
-# rows alone, as --targets attn.q attn.v, the quantile is theirs together); the budget is shared out
-# at every step, theirs once an epoch.
-
-GATES = ("code", "paper")
-
-
-def kernel(A: Tensor, B: Tensor) -> Tensor:
-    """D (out, in) of the factors A (rank, in) and B (out, rank)."""
-    a = A.unflatten(0, (2, -1)).mT  # (2, in, rank / 2)
-    b = B.unflatten(1, (2, -1)).transpose(0, 1)  # (2, out, rank / 2)
-    # by a product of matrices; its gradient at distance 0 is 0
-    distance = torch.cdist(b, a, compute_mode="use_mm_for_euclid_dist")  # (2, out, in)
-    return 0.1 * (distance[0] - distance[1])
 
 
 def quantile(values: Tensor, share: float) -> Tensor:
@@ -378,56 +312,46 @@ def quantile(values: Tensor, share: float) -> Tensor:
     return torch.lerp(around[0], around[-1], position - below)
 
 
-class SNELLLinear(MLAELinear):
-    """A frozen linear layer with a sparse update by a kernel (the equations are above).
+class SNELLLinear(FactoredLinear):
+    """A frozen linear layer W (out, in) with a sparse update by a kernel of two low-rank factors.
 
-    (..., in_features) -> (..., out_features). `lora_A` and `lora_B` train, and in SNELLA `mix`
-    (3,), which holds (a, g, b). No (out, in) matrix is kept for the backward pass: the update is
-    made again there. Factors, rows and merging are MLAELinear's; there are no coefficients.
+    It has full rank, as it is made of the distances of the factors' vectors, not of their product.
+    The first half of the ranks counts as a and b, the second as a' and b':
 
-    Args:
-        rank: of both halves together, an even number.
-        sparsity: share of the entries that are dropped, an attribute that is saved with the layer.
-        adaptive: SNELLA.
-        gate: a key of GATES.
-        place: rows, device and dtype as for MLAELinear.
+        D_ji = 0.1 ||a_i - b_j|| - 0.1 ||a'_i - b'_j||
 
-    Raises ValueError for a value that is not to be had.
+    Most entries are then dropped, by the quantile q of |D| over the layer at its `sparsity`:
+
+        W' = W + D * |D|.detach() where |D| > q, W elsewhere      gate="code", what the authors run
+        W' = W + D * max(|D| - q, 0)                              gate="paper", what they print
+
+    SNELL (Shen et al. 2024, arXiv 2411.01800) has one sparsity, an attribute that is saved, for all
+    layers. SNELLA (arXiv 2510.24037, `adaptive`) puts D + a softmax(D / g) + b, the softmax over the
+    outputs, in the place of D, with (a, g, b) learned as `mix` (3,); and it shares a budget of
+    nonzero entries out to the layers by their importance (`reallocate`).
+
+    What we do differently: a fused qkv is one layer with one quantile, the authors have three (of
+    some rows alone, as --targets attn.q attn.v, the quantile is theirs together); the budget is
+    shared out at every step, theirs once an epoch. Raises ValueError for an odd rank, a sparsity
+    outside [0, 1) and an unknown gate.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rank: int = 32,
-        sparsity: float = 0.9,
-        adaptive: bool = False,
-        gate: str = "code",
-        **place,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, rank=rank, mask_prob=0.0, **place)
-        del self.lora_lambda, self.expert_mask
+    def __init__(self, *sizes, rank=32, sparsity=0.9, adaptive=False, gate="code", **place) -> None:
+        super().__init__(*sizes, rank=rank, **place)
         if rank % 2:
             raise ValueError(f"rank must be even, for its two halves, not {rank}")
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), not {sparsity}")
-        if gate not in GATES:
-            raise ValueError(f"gate must be one of {', '.join(GATES)}, not {gate!r}")
-        self.sparsity = float(sparsity)
-        self.gate = gate
-        with torch.no_grad():
-            for factor in (self.lora_A, self.lora_B):
-                bound = 1 / math.sqrt(factor.numel() / 2)  # kaiming's of (2, size, rank / 2)
-                factor.uniform_(-bound, bound)
-        # of SNELLA: the kernel's mixture; running means of |p grad| and of its deviation
-        mix = sensitivity = None
-        if adaptive:
-            mix = nn.Parameter(self.lora_A.new_tensor([1.0, 1.0, 0.0]))
-            entries = self.lora_A.numel() + self.lora_B.numel()
-            sensitivity = self.lora_A.new_zeros(2, entries)
-        self.register_parameter("mix", mix)
+        if gate not in ("code", "paper"):
+            raise ValueError(f"gate must be one of code, paper, not {gate!r}")
+        self.sparsity, self.gate = float(sparsity), gate
+        for factor in (self.lora_A, self.lora_B):
+            bound = 1 / math.sqrt(factor.numel() / 2)  # kaiming's of (2, size, rank / 2)
+            nn.init.uniform_(factor, -bound, bound)
+        self.mix = nn.Parameter(self.lora_A.new_tensor([1.0, 1.0, 0.0])) if adaptive else None
+        # of SNELLA: running means of |p grad| over the entries p, and of its deviation
+        entries = self.lora_A.numel() + self.lora_B.numel()
+        sensitivity = self.lora_A.new_zeros(2, entries) if adaptive else None
         self.register_buffer("sensitivity", sensitivity)
 
     def get_extra_state(self) -> Tensor:
@@ -437,51 +361,45 @@ class SNELLLinear(MLAELinear):
         self.sparsity = min(1.0, max(0.0, state.item()))  # a file may hold anything
 
     def _update(self, dtype: torch.dtype) -> Tensor:
-        A = self.lora_A.to(dtype)
-        B = self.lora_B.to(dtype)
-        delta = kernel(A, B)  # (out, in)
+        a = self.lora_A.to(dtype).unflatten(0, (2, -1)).mT  # (2, in, rank / 2)
+        b = self.lora_B.to(dtype).unflatten(1, (2, -1)).transpose(0, 1)  # (2, out, rank / 2)
+        # by a product of matrices; its gradient at distance 0 is 0
+        distance = torch.cdist(b, a, compute_mode="use_mm_for_euclid_dist")  # (2, out, in)
+        D = 0.1 * (distance[0] - distance[1])  # (out, in)
         if self.mix is not None:
             scale, temperature, shift = self.mix.to(dtype)
-            shares = (delta / temperature).softmax(0)  # over the outputs
-            delta = delta + scale * shares + shift
-        size = delta.abs()
+            D = D + scale * (D / temperature).softmax(0) + shift  # over the outputs
+        size = D.abs()
         threshold = quantile(size.detach().flatten(), self.sparsity)
         if self.gate == "paper":
-            return delta * (size - threshold).clamp_min(0)
-        gate = torch.where(size > threshold, size, 0)
-        return delta * gate.detach()
+            return D * (size - threshold).clamp_min(0)
+        return D * torch.where(size > threshold, size, 0).detach()
 
     def _fold_onto(self, weight: Tensor) -> Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
             update = self._update(wide)
-            if self.rows is not None:
-                zeros = weight.new_zeros(weight.shape, dtype=wide)
-                update = zeros.index_copy(0, self.rows, update)
-            return weight + update
+            if self.rows is None:
+                return weight + update
+            return weight.to(wide).index_add(0, self.rows, update)
 
     def _folded(self, x: Tensor) -> Tensor:
-        weight = self._fold_onto(self.weight)
-        weight = weight.to(self.weight.dtype)
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, self._fold_onto(self.weight).to(self.weight.dtype), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        # no (out, in) matrix is kept for the backward pass: the update is made again there
         return checkpoint(self._folded, x, use_reentrant=False, preserve_rng_state=False)
 
     def extra_repr(self) -> str:
-        return f"{nn.Linear.extra_repr(self)}, rank={self.rank}, sparsity={self.sparsity:.4g}"
+        return f"{super().extra_repr()}, sparsity={self.sparsity:.4g}"
 
 
 def allocate_sparsity(importance: Sequence, sizes: Sequence, budget: int) -> list[float]:
-    """The sparsities of L layers that share `budget` nonzero entries by importance.
+    """The sparsities of L layers that share `budget` nonzero entries by `importance` (L,) >= 0.
 
-    A share is rounded down and at most the layer's size; what is left over is shared out again
-    among the layers that have room, until no whole entry is left for any. Without any importance
-    (before the first step) the shares are as the sizes.
-
-    Args:
-        importance: of each layer (L,), not negative; only ratios matter.
-        sizes: entries of each layer (L,).
+    A share is rounded down and at most the layer's entries, `sizes` (L,); what is left over is
+    shared out again among the layers that have room, until no whole entry is left for any. Without
+    any importance (before the first step) the shares are as the sizes.
     """
     sizes = torch.as_tensor(sizes, dtype=torch.float64, device="cpu")
     weights = torch.as_tensor(importance, dtype=torch.float64, device="cpu")
@@ -507,30 +425,21 @@ def reallocate(model: nn.Module, progress: float) -> None:
         E|p grad| * E| |p grad| - E|p grad| |        E: a running mean, 0.85 of the old
     """
     layers = [module for module in model.modules() if isinstance(module, SNELLLinear)]
+    importance, sizes = [], []
     for layer in layers:
         factors = layer.lora_A, layer.lora_B
         if all(factor.grad is not None for factor in factors):
-            products = [factor * factor.grad for factor in factors]
-            now = torch.cat([product.abs().flatten() for product in products])
+            now = torch.cat([(factor * factor.grad).abs().flatten() for factor in factors])
             mean, deviation = layer.sensitivity
             now = torch.where(now.isfinite(), now, mean)  # float16 gradients may overflow
             mean.lerp_(now, 0.15)
-            distance = (now - mean).abs()
-            deviation.lerp_(distance, 0.15)
-    settings = model.method_settings
-    first = settings["start_sparsity"]
-    last = settings["sparsity"]
-    left = (1 - progress) ** 3
-    overall = last + (first - last) * left
-    entries = []
-    importance = []
-    for layer in layers:
-        entries.append(layer.lora_B.shape[0] * layer.in_features)
-        product = layer.sensitivity.prod(0)
-        importance.append(product.mean())
-    importance = torch.stack(importance).tolist()
-    budget = round(sum(entries) * (1 - overall))
-    shares = allocate_sparsity(importance, entries, budget)
+            deviation.lerp_((now - mean).abs(), 0.15)
+        importance.append(layer.sensitivity.prod(0).mean())
+        sizes.append(layer.lora_B.shape[0] * layer.in_features)
+    first, last = model.method_settings["start_sparsity"], model.method_settings["sparsity"]
+    overall = last + (first - last) * (1 - progress) ** 3
+    budget = round(sum(sizes) * (1 - overall))
+    shares = allocate_sparsity(torch.stack(importance).tolist(), sizes, budget)
     for layer, sparsity in zip(layers, shares, strict=True):
         layer.sparsity = sparsity
 
@@ -567,10 +476,11 @@ METHODS: dict[str, Method] = {
             "freeze_lambda": False,  # no difference was shown (results/lambda, results/real)
             "lambda_lr": 1.0,  # nor here (results/lambda)
         },
-        settings_by_target=("mask_prob",),
         layer_settings=mlae_plan,
         frozen=lambda settings: ("lora_lambda",) if settings["freeze_lambda"] else (),
-        lr_factor=mlae_lr_factor,
+        lr_factor=lambda name, settings: (
+            settings["lambda_lr"] if name.endswith("lora_lambda") else 1.0
+        ),
         before_step=mlae_schedule,
         after_epoch=mlae_log,
     ),
@@ -618,6 +528,7 @@ METHODS: dict[str, Method] = {
         layer_settings=snella_plan,
         targets=ALL_LINEARS,
         before_step=reallocate,
+        capturable=False,  # the number of values above its quantile changes
     ),
     "bitfit": Method(trains="every bias", unfreezes=lambda name, module: name.endswith("bias")),
     "layernorm": Method(trains="the norms' scales and shifts", unfreezes=is_layer_norm),

@@ -55,71 +55,73 @@ class MLAELinear(nn.Linear):
         rank: number of experts r.
         mask_prob: probability p in [0, 1) that an expert is masked at a training step.
         coef_init: the start of every lambda that is not masked for good.
-        expert_mask: fixed mask (rank,) of 0 and 1, a tensor or a list, in force in every mode;
-            None keeps all. Masked experts start, and so stay, at zero: neither gradient nor weight
-            decay moves them.
+        expert_mask: fixed mask (rank,) of 0 and 1, in force in every mode; None keeps all. Masked
+            experts start, and so stay, at zero: neither gradient nor weight decay moves them.
         rows: the output rows that the experts act on, None for all; `lora_B` is then
             (len(rows), rank). For q, k or v alone in a fused qkv layer.
 
     Raises ValueError for a rank below 1, a mask_prob outside [0, 1), a bad mask or bad rows.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rank: int = 8,
-        mask_prob: float = 0.5,
-        coef_init: float = 1.0,
-        expert_mask: Tensor | None = None,
-        rows: Tensor | None = None,
-        device=None,
-        dtype=None,
-        _frozen: nn.Linear | None = None,
-    ) -> None:
-        check_rank(rank)
-        if _frozen is not None:
-            device = "meta"  # no memory for a weight that is replaced at once
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        if _frozen is not None:
-            self.weight, self.bias = _frozen.weight, _frozen.bias
-        self.rank = rank
-        self.mask_prob = mask_prob
-        like = {"device": self.weight.device, "dtype": dtype or self.weight.dtype}
+    rate: Tensor | None = None  # p for a CUDA graph, which reads memory; see `hold_mask_prob`
 
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        rank: int = 8, mask_prob: float = 0.5, coef_init: float = 1.0,
+        expert_mask: Tensor | None = None, rows: Tensor | None = None,
+        device=None, dtype=None, _factors_on=None,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._add_factors(rank, rows, _factors_on)
+        self.mask_prob = mask_prob
         mask = [1.0] * rank if expert_mask is None else expert_mask
         mask = torch.as_tensor(mask, dtype=torch.float32, device="cpu")
         if mask.shape != (rank,) or not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"expert_mask must hold {rank} values of 0 or 1, not {expert_mask!r}")
-        self.register_buffer("expert_mask", mask.to(**like))
-        self.register_buffer("rows", as_rows(rows, self.weight))
-
-        self.register_forward_pre_hook(keep_calls)
-        self.requires_grad_(False)  # all that is there so far
-        adapted = out_features if rows is None else len(rows)
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(adapted, rank, **like))
-        self.lora_lambda = nn.Parameter(torch.full((rank,), float(coef_init), **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.register_buffer("expert_mask", mask.to(self.lora_A))
+        self.lora_lambda = nn.Parameter(self.expert_mask * coef_init)  # (rank,)
         with torch.no_grad():
             self.lora_A *= self.expert_mask[:, None]
-            self.lora_lambda *= self.expert_mask
+
+    def _add_factors(self, rank: int, rows: Tensor | None, device=None) -> None:
+        """Freeze W and b; A starts at random, B at zero, on `device` if not on the weight's."""
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank must be an integer of at least 1, not {rank!r}")
+        like = {"device": device or self.weight.device, "dtype": self.weight.dtype}
+        outputs = self.out_features
+        if rows is not None:
+            rows = torch.as_tensor(rows, dtype=torch.long, device="cpu")
+            there = set(range(outputs)).intersection(rows.tolist())
+            if not 0 < len(rows) == len(there):
+                raise ValueError(f"rows must be different row numbers from 0 to {outputs - 1}")
+            outputs, rows = len(rows), rows.to(like["device"])
+        self.rank = rank
+        self.register_buffer("rows", rows)
+        self.register_forward_pre_hook(keep_calls)
+        self.requires_grad_(False)  # all that is there so far
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, rank, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **kwargs) -> MLAELinear:
         """Adapt `linear`: its weight and bias are shared, not copied, and frozen.
 
         kwargs as for the class. The experts of a float16 or bfloat16 layer are float32 unless
-        `dtype` says otherwise: AdamW's steps are too small for half precision.
-        Raises ValueError if the layer has experts already, or is the out_proj of torch's
-        nn.MultiheadAttention, which reads the weight and never calls the layer.
+        `dtype` says otherwise: AdamW's steps are too small for half precision. Raises ValueError
+        for a layer with experts and for the out_proj of nn.MultiheadAttention.
         """
-        check_adaptable(linear)
+        if hasattr(linear, "lora_A"):
+            raise ValueError("the layer has experts already; merge them first with to_linear()")
+        if isinstance(linear, NonDynamicallyQuantizableLinear):
+            raise ValueError("nn.MultiheadAttention never calls its out_proj: it cannot be adapted")
         kwargs.setdefault("dtype", torch.promote_types(linear.weight.dtype, torch.float32))
-        sizes = linear.in_features, linear.out_features, linear.bias is not None
-        return cls(*sizes, _frozen=linear, **kwargs).train(linear.training)
+        # on meta: no memory for a weight that is replaced at once
+        kwargs |= {"device": "meta", "_factors_on": linear.weight.device}
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **kwargs)
+        linear.requires_grad_(False)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
 
     @property
     def mask_prob(self) -> float:
@@ -130,13 +132,16 @@ class MLAELinear(nn.Linear):
     def mask_prob(self, p: float) -> None:
         check_mask_prob(p)
         self._mask_prob = float(p)
+        if self.rate is not None:
+            self.rate.fill_(p)
 
     def coefficients(self) -> Tensor:
         """c_i = m_i lambda_i (rank,): a new random mask at every call in training mode."""
         mask = self.expert_mask
         if self.training:
-            keep = torch.rand(self.rank, device=mask.device) >= self._mask_prob
-            mask = mask * keep / (1 - self._mask_prob)
+            p = self._mask_prob if self.rate is None else self.rate
+            keep = torch.rand(self.rank, device=mask.device) >= p
+            mask = mask * keep / (1 - p)
         return self.lora_lambda * mask
 
     def full_B(self) -> Tensor:
@@ -230,13 +235,8 @@ class _FoldedLinear(torch.autograd.Function):
 
 
 def keep_calls(layer: nn.Module, args: tuple) -> None:
-    """A hook that does nothing. torch's nn.TransformerEncoderLayer has a fast path that reads the
-    weights of its layers instead of calling them; it is not taken where there is a hook."""
-
-
-def check_rank(rank: int) -> None:
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be an integer of at least 1, not {rank!r}")
+    """A hook that does nothing, but where one is nn.TransformerEncoderLayer does not take its fast
+    path, which reads the weights of its layers instead of calling them."""
 
 
 def check_mask_prob(p: float) -> None:
@@ -244,25 +244,7 @@ def check_mask_prob(p: float) -> None:
         raise ValueError(f"mask_prob must be in [0, 1), not {p}")
 
 
-def as_rows(rows: Tensor | None, weight: Tensor) -> Tensor | None:
-    """Row numbers of `weight` as a tensor beside it; None stays None."""
-    if rows is None:
-        return None
-    rows = torch.as_tensor(rows, dtype=torch.long, device="cpu")
-    unique = len(rows.unique())
-    if not 0 < len(rows) == unique or rows.min() < 0 or rows.max() >= len(weight):
-        raise ValueError(f"rows must be different row numbers from 0 to {len(weight) - 1}")
-    return rows.to(weight.device)
-
-
-def check_adaptable(linear: nn.Linear) -> None:
-    if hasattr(linear, "lora_A"):
-        raise ValueError("the layer has experts already; merge them first with to_linear()")
-    if isinstance(linear, NonDynamicallyQuantizableLinear):
-        raise ValueError("nn.MultiheadAttention never calls its out_proj: it cannot be adapted")
-
-
-def set_mask_prob(model: nn.Module, p: float | Tensor) -> None:
+def set_mask_prob(model: nn.Module, p: float | list[float] | Tensor) -> None:
     """Set p of every MLAELinear: one number, or one per layer in `model.modules()` order.
 
     Made for schedules: a compiled model compiles once more at the first change and never again.
@@ -279,15 +261,22 @@ def set_mask_prob(model: nn.Module, p: float | Tensor) -> None:
         layer.mask_prob = rate
 
 
+def hold_mask_prob(model: nn.Module) -> None:
+    """Keep p of every MLAELinear in a tensor on its device too, so that a change of `mask_prob` acts
+    in a CUDA graph that has been captured before."""
+    for layer in model.modules():
+        if isinstance(layer, MLAELinear):
+            place = layer.weight.device
+            layer.rate = torch.tensor(layer.mask_prob, dtype=torch.float64, device=place)
+
+
 def mask_rates(pattern: str, num_layers: int, mask_prob: float) -> Tensor:
     """Masking probability of each layer (num_layers,), float64, with mean `mask_prob`.
 
     The paper names the patterns; their exact shapes are not published, these are ours: the rate
-    of layer l of L is p times the shape in PATTERNS at l / (L - 1), over the shape's mean.
-
-    A rate above 0.99 is cut there, so that every expert can act, and the other layers are scaled
-    until the mean is p again. Raises ValueError for an unknown pattern, a bad p, or a p that the
-    pattern cannot reach.
+    of layer l of L is p times the shape in PATTERNS at l / (L - 1), over the shape's mean. Above
+    0.99 it is cut, so that every expert can act, and the others are scaled until the mean is p.
+    Raises ValueError for an unknown pattern, a bad p, or a p that the pattern cannot reach.
     """
     if pattern not in PATTERNS:
         raise ValueError(f"mask pattern must be one of {', '.join(PATTERNS)}, not {pattern!r}")
@@ -311,11 +300,7 @@ def mask_rates(pattern: str, num_layers: int, mask_prob: float) -> Tensor:
 
 
 def fixed_masks(
-    pattern: str,
-    num_layers: int,
-    rank: int,
-    mask_prob: float,
-    generator: torch.Generator | None = None,
+    pattern: str, num_layers: int, rank: int, mask_prob: float, generator=None
 ) -> Tensor:
     """Fixed masks M (num_layers, rank) of 0. and 1.
 
@@ -323,17 +308,16 @@ def fixed_masks(
     as many in total as `random` does, which is round(rank * (1 - mask_prob)) a layer: patterns are
     compared at an equal budget. Raises as `mask_rates` does.
     """
-    check_rank(rank)
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
     want = rank * (1 - mask_rates(pattern, num_layers, mask_prob))
     keep = want.round().clamp(1, rank)
     total = num_layers * max(1, round(rank * (1 - mask_prob)))
     while int(keep.sum()) != total:  # rounding drifted: move the layer furthest off its wish
-        if keep.sum() < total:
-            distance = torch.where(keep < rank, keep - want, torch.inf)
-            keep[distance.argmin()] += 1
-        else:
-            distance = torch.where(keep > 1, want - keep, torch.inf)
-            keep[distance.argmin()] -= 1
+        step = 1 if keep.sum() < total else -1
+        movable = keep < rank if step == 1 else keep > 1
+        distance = torch.where(movable, step * (keep - want), torch.inf)
+        keep[distance.argmin()] += step
     noise = torch.rand(num_layers, rank, generator=generator, device="cpu")
     order = noise.argsort(dim=1)  # a random permutation in each row
     return (order < keep[:, None]).float()

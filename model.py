@@ -18,7 +18,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,8 +59,6 @@ def few(names: Sequence[str]) -> str:
 
 
 # --- create ---------------------------------------------------------------------------------------
-
-
 def create(
     name: str,
     num_classes: int,
@@ -78,7 +76,7 @@ def create(
     Args:
         name: a timm model with its tag, or `vit_nano`, the demo's backbone.
         method: a key of METHODS.
-        pretrained, checkpoint, img_size, drop_path: as for `backbone.create_backbone`.
+        pretrained, checkpoint, img_size, drop_path: as for `create_backbone`.
         targets: the layers to adapt, as for `inject`; None: the method's own.
         settings: rank, mask_prob, masking, pattern, schedule, coef_init and so on. A method takes
             those in its row and ignores what belongs to other methods.
@@ -86,32 +84,18 @@ def create(
     Raises ModelError for what cannot be made, TypeError for a setting that no method has.
     """
     row = find_method(method)
-    model = create_backbone(
-        name,
-        num_classes,
-        pretrained=pretrained,
-        checkpoint=checkpoint,
-        img_size=img_size,
-        drop_path=drop_path,
-    )
+    size = {"img_size": img_size, "drop_path": drop_path}
+    weights = {"pretrained": pretrained, "checkpoint": checkpoint}
+    model = create_backbone(name, num_classes, **weights, **size)
     inject(model, targets or row.targets, method=method, **settings)
     return model
 
 
 def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
     """The model of a run with these arguments, before the first step, on the CPU."""
-    own = {name: getattr(args, name) for name in METHODS[args.method].settings}
-    return create(
-        args.model,
-        classes,
-        method=args.method,
-        pretrained=not args.no_pretrained,
-        checkpoint=args.checkpoint,
-        img_size=args.img_size,
-        drop_path=args.drop_path,
-        targets=args.targets,
-        **own,
-    )
+    names = "method", "checkpoint", "img_size", "drop_path", "targets"
+    own = {name: getattr(args, name) for name in (*names, *METHODS[args.method].settings)}
+    return create(args.model, classes, pretrained=not args.no_pretrained, **own)
 
 
 def find_method(name: str) -> Method:
@@ -128,15 +112,15 @@ def input_size(name: str) -> int:
     """
     if name == "vit_nano":
         return NANO["img_size"]
-    architecture_name = name.split(".")[0]
+    stem = name.split(".")[0]
     if not name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(name):
-        near = difflib.get_close_matches(architecture_name, timm.list_models(), n=3)
+        near = difflib.get_close_matches(stem, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ModelError(f"timm has no model {name!r}{hint}")
     try:
         cfg = timm.get_pretrained_cfg(name)
     except RuntimeError:  # the architecture is known, the tag is not
-        tags = ", ".join(timm.list_pretrained(f"{architecture_name}.*")) or "none"
+        tags = ", ".join(timm.list_pretrained(f"{stem}.*")) or "none"
         raise ModelError(f"timm has no weights {name!r}; there are: {tags}") from None
     return cfg.input_size[-1] if cfg else 224
 
@@ -157,8 +141,7 @@ def create_backbone(
     pixels. Raises ModelError for what cannot be made.
     """
     input_size(name)  # raises for a name that timm does not know
-    timm_name = name
-    arguments = {"num_classes": num_classes}
+    timm_name, arguments = name, {"num_classes": num_classes}
     if name == "vit_nano":
         timm_name = "vit_tiny_patch16_224"
         arguments |= NANO | {"pretrained_cfg_overlay": NANO_CFG}
@@ -171,7 +154,13 @@ def create_backbone(
     if download:  # behind a silent network the hub tries for a minute
         print(f"{name}: downloading its weights, unless they are here already", flush=True)
     try:
-        model = _create_of_any_size(timm_name, download, arguments)
+        try:
+            model = timm.create_model(timm_name, pretrained=download, **arguments)
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+            del arguments["img_size"]  # a convolutional network takes images of any size
+            model = timm.create_model(timm_name, pretrained=download, **arguments)
     except Exception as error:  # whatever timm and the hub raise for a size or a failed download
         reason = first_line(error).rstrip(".")
         if download:
@@ -187,17 +176,6 @@ def create_backbone(
     return model
 
 
-def _create_of_any_size(name: str, download: bool, arguments: dict) -> nn.Module:
-    try:
-        return timm.create_model(name, pretrained=download, **arguments)
-    except TypeError as error:
-        if "'img_size'" not in str(error):
-            raise
-    # a convolutional network takes images of any size, and no such argument
-    others = {key: value for key, value in arguments.items() if key != "img_size"}
-    return timm.create_model(name, pretrained=download, **others)
-
-
 def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
     """Load a local file's backbone, not its head, into a timm model.
 
@@ -205,15 +183,18 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
     Raises ModelError if a tensor is missing, left over or of another shape.
     """
     path = Path(path)
-    is_npz = path.suffix == ".npz" and path.is_file()
-    state = {} if is_npz else read_tensors(path, "checkpoint")[0]
+    if not path.is_file():
+        raise ModelError(f"no checkpoint file {path}")
     try:
-        if is_npz:
+        if path.suffix == ".npz":
             model.load_pretrained(str(path))
             return
+        state = timm.models.load_state_dict(path, use_ema=False, weights_only=True)
         family = sys.modules[type(model).__module__]
         if hasattr(family, "checkpoint_filter_fn"):
             state = family.checkpoint_filter_fn(state, model)
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it holds no tensors by name")
     except Exception as error:  # readers and filters raise many classes of error for another file
         raise ModelError(f"cannot load checkpoint {path}: {first_line(error)}") from error
     head = tuple(f"{name}." for name in heads(model))
@@ -223,8 +204,6 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 # --- inject ---------------------------------------------------------------------------------------
-
-
 def inject(
     model: nn.Module,
     targets: Sequence[str] = ("attn.qkv",),
@@ -250,52 +229,48 @@ def inject(
     share, a model injected already, a bad setting; and, after the swap, for a layer whose parent
     reads its weight instead of calling it.
     """
-    row = find_method(method)
+    row, name = find_method(method), architecture(model)
     if adapters(model):
         raise ModelError(f"the model is injected already: {few(list(adapters(model)))}")
-    find_head(model, head)
+    if head is not None:
+        paths = [head] if isinstance(head, str) else list(head)
+        for path in set(paths) - dict(model.named_modules()).keys():
+            raise ModelError(f"head {path!r} is not in {name}")
+        model.head_paths = paths
+    elif not heads(model):
+        raise ModelError(f"{name} does not tell its classifier: name it, as in head='fc'")
     chosen = find_layers(model, targets) if row.layer else {}
     own = row.complete(settings)
-    check_settings(model, chosen, own)
+    rank, factor = own.get("rank", 1), own.get("coef_init", 1.0)
+    for path in chosen:  # before memory is taken
+        most = min(model.get_submodule(path).weight.shape)
+        if isinstance(rank, int) and rank > most:
+            raise ModelError(f"--rank {rank}: {path} of {name} has at most {most}")
+    if not abs(factor) <= torch.finfo(torch.float32).max:
+        raise ModelError(f"--coef-init {factor}: float32 cannot hold it")
     layers = {}
     try:
         thawed = row.unfrozen(model)
         plan = row.layer_settings(list(chosen), own)
-        for (name, rows), keywords in zip(chosen.items(), plan, strict=True):
+        for (path, rows), keywords in zip(chosen.items(), plan, strict=True):
             if rows is not None:
                 keywords = keywords | {"rows": rows}
-            layers[name] = row.layer.from_linear(model.get_submodule(name), **keywords)
+            layers[path] = row.layer.from_linear(model.get_submodule(path), **keywords)
     except ValueError as error:
         raise ModelError(str(error)) from error
-    linears = len(linear_layers(model))
+    model.method, model.method_settings = method, own
+    model.adapted = len(chosen), len(linear_layers(model))  # of how many linear layers
     freeze(model)
-    for name, layer in layers.items():
+    for path, layer in layers.items():
         for parameter in row.frozen(own):
             getattr(layer, parameter).requires_grad_(False)
-        model.set_submodule(name, layer)
-    for name in thawed:
-        model.get_parameter(name).requires_grad_(True)
-    model.method, model.method_settings = method, own
-    model.adapted = len(chosen), linears  # of how many linear layers
+        model.set_submodule(path, layer)
+    for path in thawed:
+        model.get_parameter(path).requires_grad_(True)
     silent = uncalled(model, layers)
     if silent:
-        raise ModelError(f"{architecture(model)} reads the weight of {few(silent)} without a call")
+        raise ModelError(f"{name} reads the weight of {few(silent)} without a call")
     return list(layers)
-
-
-def find_head(model: nn.Module, head: str | Sequence[str] | None) -> None:
-    """Note the classifier's paths in the model; ModelError if they are not there, or not known."""
-    if head is None:
-        if not heads(model):
-            name = architecture(model)
-            raise ModelError(f"{name} does not tell its classifier: name it, as in head='fc'")
-        return
-    paths = [head] if isinstance(head, str) else list(head)
-    known = dict(model.named_modules())
-    for path in paths:
-        if path not in known:
-            raise ModelError(f"head {path!r} is not in {architecture(model)}")
-    model.head_paths = paths
 
 
 def freeze(model: nn.Module) -> None:
@@ -303,37 +278,6 @@ def freeze(model: nn.Module) -> None:
     model.requires_grad_(False)
     for head in heads(model).values():
         head.requires_grad_(True)
-
-
-def find_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, list[int] | None]:
-    """Path -> output rows (None: all) of the linear layers that `targets` name; see `inject`."""
-    linears = linear_layers(model)
-    chosen: dict[str, set[int]] = {}
-    for target in targets:
-        for name, rows in match(model, target).items():
-            chosen.setdefault(name, set()).update(rows)
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    found = {}
-    for name, linear in linears.items():
-        if name in chosen and owners[id(linear.weight)] > 1:
-            raise ModelError(f"the weight of {name} is tied to another layer's: adapt neither")
-        if name in chosen:
-            whole = len(chosen[name]) == linear.out_features
-            found[name] = None if whole else sorted(chosen[name])
-    return found
-
-
-def check_settings(model: nn.Module, names: Iterable[str], settings: dict) -> None:
-    """Raise ModelError, before memory is taken, for a rank above a layer's own, or a factor that
-    float32 cannot hold."""
-    rank, factor = settings.get("rank", 1), settings.get("coef_init", 1.0)
-    for name in names:
-        layer = model.get_submodule(name)
-        most = min(layer.in_features, layer.out_features)
-        if isinstance(rank, int) and rank > most:
-            raise ModelError(f"--rank {rank}: {name} of {architecture(model)} has at most {most}")
-    if not abs(factor) <= torch.finfo(torch.float32).max:
-        raise ModelError(f"--coef-init {factor}: float32 cannot hold it")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -347,44 +291,48 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
-def match(model: nn.Module, target: str) -> dict[str, range]:
-    """Path -> output rows of the linear layers whose path ends in `target`.
+def find_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, list[int] | None]:
+    """Path -> output rows (None: all) of the linear layers whose path ends in one of the targets.
 
     "attn.q", "attn.k" and "attn.v" also mean those rows of a fused "attn.qkv", and CaiT has both.
-    Raises ModelError, listing the ends that there are, if nothing matches.
+    Raises ModelError for a target without a layer, listing the ends that there are, for rows that
+    are not to be told apart, and for a tied weight.
     """
-    linears = linear_layers(model)
-    matches = {}
-    for name, linear in linears.items():
-        if f".{name}".endswith(f".{target}"):
-            matches[name] = range(linear.out_features)
-    stem, _, letter = target.rpartition(".")
-    if letter in ("q", "k", "v"):
-        fused = f"{stem}.qkv" if stem else "qkv"
-        for name in linears:
-            if f".{name}".endswith(f".{fused}"):
-                matches[name] = _rows_of(model, name, letter)
-    if matches:
-        return matches
-    ends = Counter()
-    for name in linears:
-        words = [word for word in name.split(".") if not word.isdigit()]
-        ends[".".join(words[-2:])] += 1
-    listing = ", ".join(f"{end} ({count})" for end, count in ends.items()) or "none"
-    name = architecture(model)
-    raise ModelError(f"target {target!r} matches no linear layer of {name}; there are: {listing}")
-
-
-def _rows_of(model: nn.Module, fused: str, letter: str) -> range:
-    """The rows of q, k or v in a fused layer of that path."""
-    parent = model.get_submodule(fused.rpartition(".")[0])
-    family = type(parent).__module__.rpartition(".")[2]
-    third, rest = divmod(model.get_submodule(fused).out_features, 3)
-    if family in INTERLEAVED or rest:
-        name = architecture(model)
-        raise ModelError(f"target {letter!r}: {fused} of {name} has no {letter} rows of its own")
-    start = "qkv".index(letter) * third
-    return range(start, start + third)
+    linears, architecture_name = linear_layers(model), architecture(model)
+    chosen: dict[str, set[int]] = {}
+    for target in targets:
+        stem, _, letter = target.rpartition(".")
+        fused = f"{stem}.qkv".lstrip(".") if letter in ("q", "k", "v") else None
+        matches = {}
+        for name, linear in linears.items():
+            if f".{name}".endswith(f".{target}"):
+                matches[name] = range(linear.out_features)
+            elif fused and f".{name}".endswith(f".{fused}"):
+                parent = type(model.get_submodule(name.rpartition(".")[0]))
+                third, rest = divmod(linear.out_features, 3)
+                if rest or parent.__module__.rpartition(".")[2] in INTERLEAVED:
+                    what = f"{name} of {architecture_name} has no {letter} rows of its own"
+                    raise ModelError(f"target {letter!r}: {what}")
+                start = "qkv".index(letter) * third
+                matches[name] = range(start, start + third)
+        if not matches:
+            ends = Counter()
+            for name in linears:
+                words = [word for word in name.split(".") if not word.isdigit()]
+                ends[".".join(words[-2:])] += 1
+            listing = ", ".join(f"{end} ({count})" for end, count in ends.items()) or "none"
+            what = f"target {target!r} matches no linear layer of {architecture_name}"
+            raise ModelError(f"{what}; there are: {listing}")
+        for name, rows in matches.items():
+            chosen.setdefault(name, set()).update(rows)
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    found = {}
+    for name in filter(chosen.get, linears):  # in the order of the model
+        if owners[id(linears[name].weight)] > 1:
+            raise ModelError(f"the weight of {name} is tied to another layer's: adapt neither")
+        whole = len(chosen[name]) == linears[name].out_features
+        found[name] = None if whole else sorted(chosen[name])
+    return found
 
 
 def uncalled(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
@@ -395,26 +343,20 @@ def uncalled(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
     """
     if not layers or not hasattr(model, "pretrained_cfg"):
         return []
-    called = set()
-    hooks = []
+    called, hooks = set(), []
     for layer in layers.values():
         hooks.append(layer.register_forward_hook(lambda layer, *_: called.add(layer)))
+    patch_embed = getattr(model, "patch_embed", None)
+    size = getattr(patch_embed, "img_size", None) or model.pretrained_cfg["input_size"][-2:]
     try:
         with eval_mode(model), torch.no_grad():
-            model(_probe(model))
+            model(next(model.parameters()).new_zeros(1, 3, *size))  # a black image
     except (RuntimeError, AssertionError):
         return []
     finally:
         for hook in hooks:
             hook.remove()
     return [name for name, layer in layers.items() if layer not in called]
-
-
-def _probe(model: nn.Module) -> Tensor:
-    """One black image (1, 3, S, S) of the size that a timm model was built for."""
-    patch_embed = getattr(model, "patch_embed", None)
-    size = getattr(patch_embed, "img_size", None) or model.pretrained_cfg["input_size"][-2:]
-    return next(model.parameters()).new_zeros(1, 3, *size)
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:
@@ -434,17 +376,13 @@ def architecture(model: nn.Module) -> str:
 
 
 # --- train ----------------------------------------------------------------------------------------
-
-
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters: total (base included), trainable (head included), and the head's."""
-    counts = {"total": 0, "trainable": 0, "head": 0}
-    for parameter in model.parameters():
-        counts["total"] += parameter.numel()
-        counts["trainable"] += parameter.numel() if parameter.requires_grad else 0
-    for head in heads(model).values():
-        counts["head"] += sum(parameter.numel() for parameter in head.parameters())
-    return counts
+    every = list(model.parameters())
+    trainable = [parameter for parameter in every if parameter.requires_grad]
+    head = {p for module in heads(model).values() for p in module.parameters()}
+    parts = {"total": every, "trainable": trainable, "head": head}
+    return {name: sum(p.numel() for p in part) for name, part in parts.items()}
 
 
 def parameter_groups(
@@ -504,10 +442,8 @@ def check_gradients(model: nn.Module) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     silent = [name for name, parameter in trained.items() if parameter.grad is None]
     if silent and len(trained) < len(list(model.parameters())):
-        raise ModelError(
-            f"no gradient reaches {few(silent)}: the model does not use it, or, with "
-            f"--grad-checkpoint, this timm loses gradients; pip install -U timm"
-        )
+        remedy = "with --grad-checkpoint, this timm loses gradients; pip install -U timm"
+        raise ModelError(f"no gradient reaches {few(silent)}: it is not used, or, {remedy}")
 
 
 def adapter_size(method: str, sizes: dict[str, tuple[int, int]], **settings) -> int:
@@ -531,18 +467,15 @@ def nearest_rank(method: str, sizes: dict[str, tuple], budget: int, **settings) 
     if "rank" not in METHODS[method].settings or not sizes:
         raise ValueError(f"{method} has no rank to choose")
     off = {}  # rank -> how far it is from the budget
-    highest = min(map(min, sizes.values()))
-    for rank in range(1, highest + 1):
+    for rank in range(1, min(map(min, sizes.values())) + 1):
         try:
             off[rank] = adapter_size(method, sizes, **settings, rank=rank) - budget
         except ValueError:
             if rank % 2 == 0:  # a kernel refuses odd ranks; another setting is wrong
                 raise
         if off.get(rank, -1) >= 0:
-            break
-    else:
-        raise ValueError(f"{budget:,} parameters are more than full rank has")
-    return min(off, key=lambda rank: abs(off[rank]))
+            return min(off, key=lambda rank: abs(off[rank]))
+    raise ValueError(f"{budget:,} parameters are more than full rank has")
 
 
 def rank_within(args: argparse.Namespace) -> int:
@@ -567,36 +500,11 @@ def rank_within(args: argparse.Namespace) -> int:
 
 
 # --- files ----------------------------------------------------------------------------------------
-
-
 def sha256(path: str | os.PathLike) -> str:
     """Hex digest of a checkpoint file; ModelError if there is none."""
     if not Path(path).is_file():
         raise ModelError(f"no checkpoint file {path}")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def read_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict]:
-    """{name: tensor on the CPU} of a .safetensors file or of one of `torch.save`, where a training
-    script may have wrapped them, and the header of a .safetensors file.
-
-    No code in a file is run. Raises ModelError for a file that cannot be read.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"no {kind} file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        state = torch.load(path, "cpu", weights_only=True)
-        for wrapper in ("state_dict", "model"):
-            state = state.get(wrapper, state)
-        if not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError("it holds no tensors by name")
-    except Exception as error:  # whatever a damaged file makes its reader raise
-        raise ModelError(f"cannot load {kind} {path}: {first_line(error)}") from error
-    return state, {}
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -624,11 +532,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, config: dict) -> Non
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> dict:
     """Load an adapter into a model that `create` made with the same arguments.
 
-    Returns the file's config. Raises ModelError, the model untouched, if the file is for another
-    architecture, has unknown keys, lacks some, or has tensors of another shape (another rank or
-    number of classes).
+    Returns the file's config. Raises ModelError, the model untouched, if the file cannot be read,
+    is for another architecture, has unknown keys, lacks some, or has tensors of another shape
+    (another rank or number of classes).
     """
-    state, header = read_tensors(path, "adapter")
+    if not Path(path).is_file():
+        raise ModelError(f"no adapter file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            header = file.metadata() or {}
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        raise ModelError(f"cannot load adapter {path}: {first_line(error)}") from error
     made_for = header.get("architecture")
     if made_for != architecture(model):
         raise ModelError(f"adapter {path} is for {made_for}, not for {architecture(model)}")
@@ -644,29 +559,28 @@ def load_strictly(
     Raises ModelError, the model untouched, if they are not, or a value is not finite; `file` says
     what was being read.
     """
-    shared = [key for key in own if key in state]
     problems = {
         "has unknown": [key for key in state if key not in own],
         "lacks": [key for key in own if key not in state],
         "has other shapes (rank, classes, size) in": [
-            key for key in shared if state[key].shape != own[key].shape
+            key for key in own if key in state and state[key].shape != own[key].shape
         ],
     }
     for problem, keys in problems.items():
         if keys:
-            name = architecture(model)
-            raise ModelError(f"{file} does not fit {name} as it was made: it {problem} {few(keys)}")
-    for key, rows in state.items():
+            what = f"does not fit {architecture(model)} as it was made"
+            raise ModelError(f"{file} {what}: it {problem} {few(keys)}")
+    for key, value in state.items():
         wanted = own[key].dtype
-        if rows.dtype != wanted and not {rows.dtype, wanted} <= FLOATS:
-            raise ModelError(f"{file}: {key} is of {rows.dtype}, not {wanted}")
-        if rows.is_meta or rows.layout != torch.strided:
+        if value.dtype != wanted and not {value.dtype, wanted} <= FLOATS:
+            raise ModelError(f"{file}: {key} is of {value.dtype}, not {wanted}")
+        if value.is_meta or value.layout != torch.strided:
             raise ModelError(f"{file}: {key} is no dense tensor")
-        if not rows.to(wanted).isfinite().all():
+        if not value.to(wanted).isfinite().all():
             raise ModelError(f"{file}: {key} has values that are not finite")
         if key.endswith(".rows"):
             outputs = model.get_submodule(key.removesuffix(".rows")).out_features
-            if rows.min() < 0 or rows.max() >= outputs or len(rows.unique()) < len(rows):
+            if value.min() < 0 or value.max() >= outputs or len(value.unique()) < len(value):
                 raise ModelError(f"{file}: {key} are not different rows from 0 to {outputs - 1}")
     model.load_state_dict(state, strict=False)  # the rest of the model keeps its values
 

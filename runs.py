@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import importlib
 import json
 import logging
 import math
@@ -26,13 +25,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 
+import timm
 import torch
 import torch.distributed as dist
+import torchvision
 from filelock import FileLock, Timeout
 from torch import Tensor
 
@@ -45,7 +45,15 @@ from splits import printable, regular
 AMP = ["auto", "bf16", "fp16", "off"]
 DEVICES = ["auto", "cpu", "cuda", "mps"]
 LARGEST = 4096  # side of an image in pixels
-PLACE = ("device", "workers", "out", "data_dir", "resume", "overwrite")  # not what a run is
+PLACE = (
+    "device",
+    "graph",
+    "workers",
+    "out",
+    "data_dir",
+    "resume",
+    "overwrite",
+)  # not what a run is
 ALWAYS = ("dataset", "method", "model", "epochs", "seed")  # in every identity, default or not
 SHORT = {"mask_prob": "p", "rank": "r", "lr": "lr"}  # shown in the folder's name if not default
 PADDING = -100  # the label of an image that only fills up a rank's part of a batch
@@ -76,9 +84,8 @@ ERRORS = (data.DataError, models.ModelError, RunError)  # a user can mend; bugs 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether that is what an error says: torch has a class for it on CUDA alone."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in NO_MEMORY)
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in NO_MEMORY)
+    return told or isinstance(error, MemoryError)
 
 
 @contextmanager
@@ -146,6 +153,7 @@ COUNT = number(int, 1, 2**31, "1 or more")
 WHOLE = number(int, 0, 2**31, f"from 0 to {2**31 - 1}")
 SIDE = number(int, 1, LARGEST + 1, f"from 1 to {LARGEST}")
 FRACTION = number(float, 0, 1, "in [0, 1)")
+ONE_SETTING = "expected one number, or target=number once for each target"
 SHARE = number(float, math.ulp(0.0), 1, "in (0, 1)")
 POSITIVE = number(float, math.ulp(0.0), math.inf, "above 0")
 SIZE = number(float, 0, math.inf, "0 or more")
@@ -165,8 +173,7 @@ def by_target(text: str) -> float | dict[str, float]:
     for word in text.split(","):
         target, _, p = word.partition("=")
         if not re.fullmatch(r"\w+(\.\w+)*=.+", word) or target in pairs:
-            expected = "expected one number, or target=number once for each target"
-            raise argparse.ArgumentTypeError(f"{expected}, not {text}")
+            raise argparse.ArgumentTypeError(f"{ONE_SETTING}, not {text}")
         pairs[target] = FRACTION(p)
     return dict(sorted(pairs.items()))
 
@@ -182,8 +189,9 @@ class OneSetting(argparse.Action):
         for value in others:
             both = isinstance(setting, dict) and isinstance(value, dict)
             if not both or setting.keys() & value.keys():
-                expected = "expected one number, or target=number once for each target"
-                raise argparse.ArgumentError(self, f"{expected}; suite.py takes several settings")
+                raise argparse.ArgumentError(
+                    self, f"{ONE_SETTING}; suite.py takes several settings"
+                )
             setting = dict(sorted((setting | value).items()))
         setattr(namespace, self.dest, setting)
 
@@ -201,11 +209,9 @@ def default_of(dest: str, options: dict) -> str:
     for method, row in METHODS.items():
         if dest in row.settings:
             owners.setdefault(shown(row.settings[dest]), []).append(method)
-    if not owners and options.get("default") is None:
-        return ""
-    first, *others = owners or [options["default"]]
-    words = [str(first), *(f"{', '.join(owners[value])}: {value}" for value in others)]
-    return f" (default: {'; '.join(words)})"
+    usual, *others = owners or [options.get("default")]
+    words = [str(usual), *(f"{', '.join(owners[value])}: {value}" for value in others)]
+    return "" if usual is None else f" (default: {'; '.join(words)})"
 
 
 def add_flags(group: Callable[[str], Callable]) -> None:
@@ -281,6 +287,8 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--val", "to choose settings: train on 800, score val200", **on)
     flag("--amp", "mixed precision; auto: bf16 on CUDA", choices=AMP, default="auto")
     flag("--compile", "torch.compile (takes longer than the demo)", **on)
+    words = "auto: on CUDA a step is one CUDA graph, which saves the launches"
+    flag("--graph", words, choices=["auto", "off"], default="auto")
     flag("--grad-checkpoint", "recompute blocks: less memory, more time", **on)
     words = "split each batch into N parts (less memory); each draws its own mask"
     flag("--accumulate", words, type=COUNT, default=1, metavar="N")
@@ -408,8 +416,8 @@ def provenance(device: torch.device) -> dict:
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "timm"):
-        versions[package] = importlib.import_module(package).__version__
+    for package in (torch, torchvision, timm):
+        versions[package.__name__] = package.__version__
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
@@ -483,18 +491,6 @@ def write_csv(path: Path, head: list, rows: list) -> None:
         csv.writer(file).writerows([head, *rows])
 
 
-def write_log(path: Path, rows: list[dict]) -> None:
-    """Write the log anew, a row per epoch, numbers to seven digits."""
-    write_csv(path, list(rows[0]), [map("{:.7g}".format, row.values()) for row in rows])
-
-
-def write_lists(folder: Path, *selections: data.Images) -> None:
-    """<role>.csv in a run's folder, path and class of each image, if they are of one's folder."""
-    for images in selections:
-        if images.folder is not None:
-            write_csv(folder / f"{images.role}.csv", ["path", "label"], data.list_rows(images))
-
-
 def check_new(path: Path, flag: str, ending: str = "") -> None:
     """Raise RunError, naming the flag, unless a file or folder `path` can be made: its name has
     this ending, it is not there yet, and its folder is."""
@@ -551,7 +547,7 @@ def lock(path: Path, patience: float = 0.0) -> Iterator[None]:
 
 def claim(folder: Path):
     """Inside, no other process runs in the folder; raises as `lock` does."""
-    return lock(folder / "lock") if process_rank() == 0 else ExitStack()
+    return lock(folder / "lock") if process_rank() == 0 else nullcontext()
 
 
 # --- runs that have ended -------------------------------------------------------------------------
@@ -597,13 +593,9 @@ def read_config(folder: str | Path) -> dict:
         if config["amp"] not in AMP[1:] or not isinstance(config["weights"]["tag"], str):
             raise ValueError("its amp or weights are unknown here")
         row, recipe = models.find_method(args.method), data.FOLDER_RECIPE
-        names, task = config.setdefault("class_names", None), data.TASKS.get(args.dataset)
-        if names and not (isinstance(names, list) and all(map(str.isprintable, names))):
-            raise ValueError("its class_names are no list of names")
-        if names and task and len(names) != task.classes:
-            raise ValueError(f"class_names: {len(names)} of the {task.classes} classes")
+        names = config.setdefault("class_names", None)
         # a folder of one's own, which need not be here, has the names of its classes there
-        if not names or task:
+        if not names or args.dataset in data.TASKS:
             recipe = data.find_task(args.dataset).recipe
         fill_in(args, recipe, row.settings, {"targets": list(row.targets)})
         args.img_size = args.img_size or models.input_size(args.model)
@@ -619,46 +611,6 @@ def point_to(config: dict, data_dir: str | None) -> None:
     run.data_dir = data_dir or run.data_dir
     if config["source"] in data.SOURCES:
         run.source = config["source"]  # whatever else is there now
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: all its arguments, its identity, metrics, the split scored, top-1 (%)."""
-
-    arguments: dict
-    identity: dict
-    metrics: dict
-    split: str
-    top1: float
-
-
-def result_of(folder: Path) -> Result:
-    """The result in a run's folder; RunError if there is none, it is damaged or unknown here."""
-    config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
-    with reading(folder / "metrics.json"):
-        own = config["identity"]
-        split = "val" if own.get("val") else "test"
-        top1 = float(metrics[f"{split}_top1"])
-        if not 0 <= top1 <= 100 or not {"model", "data", "official", "seed"} <= metrics.keys():
-            raise ValueError("it is damaged")
-        is_task = metrics["dataset"] in data.TASKS or data.FOLDER in own
-        if not is_task or own["method"] not in METHODS:
-            raise ValueError(f"{own['method']} on {metrics['dataset']} is unknown here")
-        return Result(config["arguments"], own, metrics, split, top1)
-
-
-def collect(*folders: str | Path) -> list[Result]:
-    """The finished runs in folders, oldest first; those that cannot be read are named."""
-    files = []
-    for folder in folders:
-        files += Path(folder).rglob("metrics.json")
-    results = []
-    for file in sorted(files, key=lambda path: path.lstat().st_mtime):
-        try:
-            results.append(result_of(file.parent))
-        except RunError as error:
-            print(printable(f"{file.parent} is left out: {error}"), file=sys.stderr)
-    return results
 
 
 # --- processes that share a run -------------------------------------------------------------------
@@ -700,13 +652,11 @@ def joined(device: str, batch_size: int) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # from here on "cuda" is it
         backend = "nccl" if dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may score for long
-    with ExitStack() as silence:
-        if number:
-            nowhere = silence.enter_context(open(os.devnull, "w"))
-            silence.enter_context(redirect_stdout(nowhere))
-            silence.enter_context(redirect_stderr(nowhere))
-        yield
-        dist.barrier()
+    with open(os.devnull, "w") as nowhere:
+        out, err = (nowhere, nowhere) if number else (sys.stdout, sys.stderr)
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
+            dist.barrier()
     dist.destroy_process_group()
 
 

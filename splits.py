@@ -7,24 +7,27 @@ of that order (Zhai et al. 2019, arXiv 1910.04867). So names are enough to find 
     tfds_order(["Forest_Forest_1.jpg", ...], "train")[:800]       # EuroSAT's train800
 
 `VTAB` says where a task's slices start. splits.json has the sha256 of every slice's keys, joined by
-newlines, and what outside lists confirm; splits.npz has what is long: the split of each image of
-SUN397, labels, and one byte a key to find errors by.
+newlines, and what outside lists confirm; splits.npz has what is long: labels, and the split of each
+image of SUN397.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
+from torchvision import datasets
 
 FOLDER = Path(__file__).resolve().parent
 CONSTANTS = json.loads((FOLDER / "splits.json").read_text())
@@ -48,16 +51,33 @@ def regular(path: Path) -> Path:
     return path
 
 
-def few(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def printable(text: str) -> str:
     """The text in one line, with escapes for what a terminal would act on."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def sha256(values: Iterable) -> str:
+    """The sha256 of values joined by newlines, in hex."""
+    return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()
+
+
+def find(root: Path, pattern: str, depth: int = 4) -> Path | None:
+    """The first match of a pattern in a folder and the levels below it, `depth` in all."""
+    for level in range(depth):
+        found = sorted(root.glob("*/" * level + pattern))
+        if found:
+            return found[0]
+    return None
+
+
+def within(name: str, where: str | Path) -> str:
+    """The relative path `name`, if it stays in its folder; else DataError."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"{where}: {name} leads out of the task's folder")
+    return name
+
+
+# --- order and slices -----------------------------------------------------------------------------
 def tfds_order(keys: Iterable, split: str) -> list:
     """The keys (str or int) in the order in which TFDS stores the split of that name.
 
@@ -101,12 +121,11 @@ class Cut:
 
     def rows(self, role: str, keys: Sequence) -> list[int]:
         """The row numbers of the slice "train", "val" or "test", given its split's keys."""
-        wanted: Slice = getattr(self, role)
+        split, start, stop = getattr(self, role)
         if not self.ordered:
-            return list(range(wanted.start, wanted.stop))
+            return list(range(start, stop))
         row_of = {key: row for row, key in enumerate(keys)}
-        order = tfds_order(keys, wanted.split)
-        return [row_of[key] for key in order[wanted.start : wanted.stop]]
+        return [row_of[key] for key in tfds_order(keys, split)[start:stop]]
 
 
 VTAB = {  # val200 and test, as slices of TFDS's splits; train800 is train[:800] of all
@@ -149,6 +168,7 @@ CUTS = {name: _cut(name, ("train[:800]", *texts), True) for name, texts in VTAB.
 CUTS |= {name: _cut(name, texts, False) for name, texts in OTHERS.items()}
 
 
+# --- splits that TFDS makes -----------------------------------------------------------------------
 def draw_caltech101(files: dict[str, set[str]], split: str) -> dict[str, tuple[str, str]]:
     """{key: (directory, file)} of a split, given each directory's files.
 
@@ -158,10 +178,9 @@ def draw_caltech101(files: dict[str, set[str]], split: str) -> dict[str, tuple[s
     rng = np.random.RandomState(1234)
     keys = {}
     for folder in sorted(files):
-        found = set(files[folder])
-        if folder == "BACKGROUND_Google":
-            found.add("tmp")  # no image, but listed when the official draw was made
-        found = sorted(found)
+        # no image, but listed when the official draw was made
+        extra = {"tmp"} if folder == "BACKGROUND_Google" else set()
+        found = sorted(files[folder] | extra)
         drawn = set()
         if len(found) >= 30:
             drawn = set(rng.choice(found, 30, replace=False).tolist())
@@ -201,84 +220,106 @@ def from_folders(name: str, files: dict[str, set[str]], split: str) -> tuple[dic
 
 @cache
 def _official_files(name: str) -> dict[str, set[str]]:
-    _, rule = FOLDERS[name]
     files = {}
     for folder, count in CONSTANTS["classes"][name].items():
+        rule = FOLDERS[name][1]
         files[folder] = {rule.format(folder=folder, i=i) for i in range(1, count + 1)}
     return files
 
 
 def check_files(name: str, files: dict[str, set[str]]) -> None:
-    """DataError, naming them, if images of a task of FOLDERS are missing or are not its own."""
-    found, official = set(), set()
-    for folder in files:
-        found |= {f"{folder}/{file}" for file in files[folder] if file.endswith(".jpg")}
-    for folder, names in _official_files(name).items():
-        official |= {f"{folder}/{file}" for file in names}
-    if found == official:
-        return
-    changes = []
-    for role, slice_name in ROLES.items():
-        wanted = getattr(CUTS[name], role)
-        slices = []
-        for listing in (files, _official_files(name)):
-            keys = list(from_folders(name, listing, wanted.split)[0])
-            slices.append({keys[row] for row in CUTS[name].rows(role, keys)})
-        changes.append(f"{len(slices[1] - slices[0])} of {slice_name}")
-    raise DataError(
-        f"{name}: {_some(official - found)} missing, {_some(found - official)} too many, which "
-        f"changes {', '.join(changes)}: get the originals again"
-    )
+    """DataError, naming some, if images of a task of FOLDERS are missing or are not its own."""
+    lists = []
+    for listing in (files, _official_files(name)):
+        pairs = all_files(listing, "").values()
+        lists.append({f"{folder}/{file}" for folder, file in pairs})
+    found, official = lists
+    if found != official:
+        some = ", ".join(sorted(official ^ found)[:3])
+        counts = f"{len(official - found)} images missing, {len(found - official)} too many"
+        raise DataError(f"{name}: {counts}: {some}, ...: get the originals again")
 
 
-def _some(names: set[str]) -> str:
-    """How many names, and the first three."""
-    shown = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
-    return f"{len(names)} ({shown})" if names else "none"
+def sun397_split(keys: Iterable[str], split: str) -> tuple[list[str], list[int]]:
+    """The keys `/a/abbey/sun_x.jpg` that TFDS's lists give to a split, and their labels.
+
+    DataError, naming the class, if the keys of all splits are not the official ones.
+    """
+    classes = {}
+    for key in sorted(set(keys) - {SUN397_UNUSED}):
+        classes.setdefault(key.rpartition("/")[0], []).append(key)
+    counts, codes, packed = (_packed(f"sun397 {part}") for part in ("counts", "codes", "splits"))
+    if len(classes) != len(counts):
+        raise DataError(f"sun397: {len(classes)} classes, not {len(counts)}: get SUN397 again")
+    for name, count, code in zip(sorted(classes), counts, codes, strict=True):
+        digest = zlib.crc32("\n".join(classes[name]).encode()) & 0xFFFF
+        if (len(classes[name]), digest) != (count, code):
+            wrong = f"sun397: {name} has {len(classes[name])} images, not {count}"
+            raise DataError(f"{wrong}, or others than the official ones: get SUN397 again")
+    members = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], 1).ravel()
+    wanted = ("train", "validation", "test").index(split)
+    pairs = []
+    for label, name in enumerate(sorted(classes)):
+        pairs += [(key, label) for key in classes[name]]
+    pairs = [pairs[row] for row in np.flatnonzero(members[: len(pairs)] == wanted)]
+    return [key for key, _ in pairs], [label for _, label in pairs]
 
 
+def draw_kitti(videos: dict[int, str], split: str) -> list[str]:
+    """Keys of a split, given each image's video: TFDS draws a tenth of the videos for testing, then
+    as many for validation."""
+    rng = np.random.RandomState(123)
+    rest = sorted(set(videos.values()))
+    count = max(1, len(rest) // 10)
+    drawn = {}
+    for name in ("test", "validation"):
+        drawn[name] = set(rng.choice(rest, count, replace=False).tolist())
+        rest = sorted(set(rest) - drawn[name])
+    drawn["train"] = set(rest)
+    return [f"{image:06d}.png" for image, video in videos.items() if video in drawn[split]]
+
+
+# --- labels that VTAB makes -----------------------------------------------------------------------
+def _edges(edges: list[float], value: float) -> int:
+    """The largest i with edges[i] < value, in float32 as in VTAB's code."""
+    return int(np.searchsorted(np.float32(edges), np.float32(value), side="left")) - 1
+
+
+def clevr_count(objects: list[dict]) -> int:
+    """The class 0..7 of the number of objects."""
+    return len(objects) - 3
+
+
+def clevr_distance(objects: list[dict]) -> int:
+    """The class 0..5 of the distance of the object nearest to the camera."""
+    nearest = min(item["pixel_coords"][2] for item in objects)
+    return _edges([0, 8, 8.5, 9, 9.5, 10, 100], nearest)
+
+
+def kitti_distance(label_file: str) -> int:
+    """The class 0..3 of the nearest car, van or truck: to 8 m, to 20 m, farther, none."""
+    distances = [1000.0]
+    for line in label_file.splitlines():
+        fields = line.split()
+        if fields[0] in ("Car", "Van", "Truck"):
+            distances.append(float(fields[13]))
+    return _edges([-100, 8, 20, 999], min(distances))
+
+
+# --- proofs ---------------------------------------------------------------------------------------
 @cache
 def _packed(name: str) -> np.ndarray | None:
     with np.load(FOLDER / "splits.npz") as file:
         return file.get(name)
 
 
-def sha256(values: Iterable) -> str:
-    """The sha256 of values joined by newlines, in hex."""
-    return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()
-
-
-def _numbered_keys(name: str, role: str) -> list[str]:
-    """The keys of a slice in order, of a task whose keys are numbered."""
-    wanted = getattr(CUTS[name], role)
-    rule = CONSTANTS["numbered"][name][wanted.split]
-    keys = [rule.format(i) for i in range(CUTS[name].counts[wanted.split])]
-    return tfds_order(keys, wanted.split)[wanted.start : wanted.stop]
-
-
 def prove_keys(name: str, role: str, keys: Sequence) -> str:
     """The sha256 of a slice's keys in order; DataError if it is known to be another one."""
     digest = sha256(keys)
-    official = CONSTANTS["keys"].get(name, {}).get(ROLES[role], digest)
-    if digest == official:
-        return digest
-    wrong = "keys"
-    if name in CONSTANTS["numbered"]:
-        strange = set(keys) - set(_numbered_keys(name, role))
-        wrong = f"of {len(keys)} keys {_some(strange)}"
-    codes = _packed(f"{name} codes")  # a byte a key: train800, then val200
-    if codes is not None and role != "test":
-        codes = codes[:800] if role == "train" else codes[800:]
-        found = [zlib.crc32(str(key).encode()) & 255 for key in keys]
-        matcher = SequenceMatcher(None, codes.tolist(), found, autojunk=False)
-        strange = set(keys)
-        for block in matcher.get_matching_blocks():
-            strange -= set(keys[block.b : block.b + block.size])
-        wrong = f"of {len(keys)} keys {_some(strange)}"
-    raise DataError(
-        f"{name}: {ROLES[role]} is not the official one, {wrong} differ from TFDS's list: "
-        "get the originals and their lists again"
-    )
+    if CONSTANTS["keys"].get(name, {}).get(ROLES[role], digest) != digest:
+        wrong = f"{name}: {ROLES[role]} is not the official one, names of its {len(keys)} images"
+        raise DataError(f"{wrong} or their order differ: get the originals and their lists again")
+    return digest
 
 
 class Proof(NamedTuple):
@@ -314,7 +355,7 @@ def prove_histogram(name: str, role: str, labels: Sequence[int]) -> bool:
 def _official_labels(name: str, role: str) -> list[int] | None:
     packed = _packed(f"{name} labels")  # train800, then val200
     if packed is not None and role != "test":
-        return packed[:800].tolist() if role == "train" else packed[800:].tolist()
+        return (packed[:800] if role == "train" else packed[800:]).tolist()
     if name not in FOLDERS:
         return None
     split = getattr(CUTS[name], role).split
@@ -322,46 +363,235 @@ def _official_labels(name: str, role: str) -> list[int] | None:
     return [labels[row] for row in CUTS[name].rows(role, list(keys))]
 
 
-def sun397_split(keys: Iterable[str], split: str) -> tuple[list[str], list[int]]:
-    """The keys `/a/abbey/sun_x.jpg` that TFDS's lists give to a split, and their labels.
+# --- readers: one split of TFDS of an original data set -------------------------------------------
+@dataclass(frozen=True)
+class Content:
+    """A split of an original: `keys` (N), `labels` (N,), and images(rows), those rows' images as a
+    list of paths or of encoded images (bytes), or as an array (len(rows), H, W) or
+    (len(rows), H, W, 3) of uint8."""
 
-    DataError, naming the class, if the keys of all splits are not the official ones.
-    """
-    classes = {}
-    for key in sorted(set(keys) - {SUN397_UNUSED}):
-        classes.setdefault(key.rpartition("/")[0], []).append(key)
-    counts, codes = _packed("sun397 counts"), _packed("sun397 codes")
-    if len(classes) != len(counts):
-        raise DataError(f"sun397: {len(classes)} classes, not {len(counts)}: get SUN397 again")
-    for name, count, code in zip(sorted(classes), counts, codes, strict=True):
-        if len(classes[name]) != count:
-            raise DataError(
-                f"sun397: {name} has {len(classes[name])} images, not {count}: get SUN397 again"
-            )
-        if zlib.crc32("\n".join(classes[name]).encode()) & 0xFFFF != code:
-            raise DataError(f"sun397: an image of {name} has another name: get SUN397 again")
-    packed = _packed("sun397 splits")
-    members = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], 1).ravel()
-    wanted = ("train", "validation", "test").index(split)
-    found, labels, row = [], [], 0
-    for label, name in enumerate(sorted(classes)):
-        for key in classes[name]:
-            if members[row] == wanted:
-                found.append(key)
-                labels.append(label)
-            row += 1
-    return found, labels
+    keys: Sequence
+    labels: np.ndarray
+    images: Callable[[list[int]], Sequence]
 
 
-def draw_kitti(videos: dict[int, str], split: str) -> list[str]:
-    """Keys of a split, given each image's video: TFDS draws a tenth of the videos for testing, then
-    as many for validation."""
-    rng = np.random.RandomState(123)
-    rest = sorted(set(videos.values()))
-    count = max(1, len(rest) // 10)
-    drawn = {}
-    for name in ("test", "validation"):
-        drawn[name] = set(rng.choice(rest, count, replace=False).tolist())
-        rest = sorted(set(rest) - drawn[name])
-    drawn["train"] = set(rest)
-    return [f"{image:06d}.png" for image, video in videos.items() if video in drawn[split]]
+def in_files(folder: Path, names: Iterable[str], labels: Iterable[int], keys=None) -> Content:
+    """Images in files below a folder; their keys are these names, or others."""
+    names = [within(name, folder) for name in names]
+    return Content(keys or names, np.array(labels), lambda rows: [folder / names[i] for i in rows])
+
+
+def in_memory(images: np.ndarray, labels: Iterable[int]) -> Content:
+    """Images in an array, whose keys are their numbers."""
+    return Content(range(len(images)), np.array(labels), lambda rows: images[rows])
+
+
+def cifar(root: Path, split: str) -> Content:
+    # checks the md5 first: a pickle can run code, only the publisher's is opened
+    content = datasets.CIFAR100(root, train=split == "train")
+    return in_memory(content.data, content.targets)  # (N, 32, 32, 3)
+
+
+def svhn(root: Path, split: str) -> Content:
+    content = datasets.SVHN(root, split)
+    return in_memory(content.data.transpose(0, 2, 3, 1), content.labels)  # (N, 32, 32, 3)
+
+
+def dtd(root: Path, split: str) -> Content:
+    content = datasets.DTD(root, {"validation": "val"}.get(split, split), partition=1)
+    folder = root / "dtd" / "dtd" / "images"
+    names = [path.relative_to(folder).as_posix() for path in content._image_files]
+    return in_files(folder, names, content._labels)
+
+
+def flowers(root: Path, split: str) -> Content:
+    content = datasets.Flowers102(root, {"validation": "val"}.get(split, split))
+    names = [path.name for path in content._image_files]
+    return in_files(root / "flowers-102" / "jpg", names, content._labels)
+
+
+def pets(root: Path, split: str) -> Content:
+    content = datasets.OxfordIIITPet(root, {"train": "trainval"}.get(split, split))
+    folder = root / "oxford-iiit-pet" / "images"
+    names = [path.relative_to(folder).as_posix() for path in content._images]
+    return in_files(folder, names, content._labels)
+
+
+def class_folders(root: Path, split: str, name: str, place: str) -> Content:
+    folder = find(root, place)
+    files = {}
+    for path in folder.iterdir():
+        if path.is_dir():
+            files[path.name] = {image.name for image in path.iterdir()}
+    check_files(name, files)
+    names, labels = from_folders(name, files, split)
+    return in_files(folder, map("/".join, names.values()), labels, list(names))
+
+
+def sun397(root: Path, split: str) -> Content:
+    folder = find(root, "SUN397")
+    found = [f"/{path.relative_to(folder).as_posix()}" for path in folder.rglob("sun_*.jpg")]
+    keys, labels = sun397_split(found, split)
+    return in_files(folder, [key[1:] for key in keys], labels, keys)
+
+
+def pcam(root: Path, split: str) -> Content:
+    import h5py
+
+    name = {"validation": "valid"}.get(split, split)
+    stem = f"camelyonpatch_level_2_split_{name}"
+    with h5py.File(root / "pcam" / f"{stem}_y.h5") as file:
+        labels = file["y"][:].ravel().astype(int)
+
+    def images(rows: list[int]) -> np.ndarray:
+        ascending, back = np.unique(rows, return_inverse=True)  # h5py reads ascending rows only
+        with h5py.File(root / "pcam" / f"{stem}_x.h5") as file:
+            return file["x"][ascending][back]
+
+    return Content([f"{name}_{i}" for i in range(len(labels))], labels, images)
+
+
+def dsprites(root: Path, split: str, label: Callable) -> Content:
+    with np.load(find(root, "dsprites_ndarray_*64x64.npz")) as file:
+        images = file["imgs"]  # (N, 64, 64) of 0 and 1
+        labels = label(file["latents_classes"])  # of (N, 6)
+    return Content(range(len(images)), labels, lambda rows: images[rows] * np.uint8(255))
+
+
+def smallnorb(root: Path, split: str, label: Callable) -> Content:
+    name = {"train": "training", "test": "testing"}[split]
+    images = _matrix(find(root, f"smallnorb-*-{name}-dat.mat*"))  # (N, 2 cameras, 96, 96)
+    infos = _matrix(find(root, f"smallnorb-*-{name}-info.mat*"))
+    return in_memory(images[:, 0], label(infos))
+
+
+def _matrix(path: Path) -> np.ndarray:
+    """A matrix file of small NORB: int32 magic number, number of dimensions, sizes; then values."""
+    raw = path.read_bytes()
+    raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    magic, ndim = np.frombuffer(raw, "<i4", 2)
+    kind = {0x1E3D4C55: "u1", 0x1E3D4C54: "<i4"}[magic]
+    shape = np.frombuffer(raw, "<i4", ndim, offset=8)
+    start = 8 + 4 * max(3, ndim)  # at least three sizes are written
+    return np.frombuffer(raw, kind, np.prod(shape), offset=start).reshape(shape)
+
+
+def clevr(root: Path, split: str, label: Callable) -> Content:
+    folder = find(root, "CLEVR_v1.0")
+    name = {"train": "train", "validation": "val"}[split]
+    listing = folder / "scenes" / f"CLEVR_{name}_scenes.json"
+    labels = {}
+    for scene in json.loads(regular(listing).read_text())["scenes"]:
+        labels[scene["image_filename"]] = label(scene["objects"])
+    keys = sorted(labels)
+    return in_files(folder / "images" / name, keys, [labels[key] for key in keys])
+
+
+def kitti(root: Path, split: str, label: Callable) -> Content:
+    folder = find(root, "training/label_2")
+    devkit = find(root, "mapping/train_rand.txt").parent
+    numbers = (devkit / "train_rand.txt").read_text().split(",")
+    frames = (devkit / "train_mapping.txt").read_text().splitlines()
+    videos = {}
+    for image, number in enumerate(numbers):
+        videos[image] = frames[int(number) - 1].split()[1]
+    keys = draw_kitti(videos, split)
+    labels = [label(regular(folder / f"{key[:6]}.txt").read_text()) for key in keys]
+    return in_files(folder.parent / "image_2", keys, labels)
+
+
+def retinopathy(root: Path, split: str) -> Content:
+    folder = find(root, "trainLabels.csv").parent
+    usage = {"train": None, "validation": "Public", "test": "Private"}[split]
+    keys, labels = [], []
+    listing = "retinopathy_solution.csv" if usage else "trainLabels.csv"
+    with open(folder / listing, newline="") as file:
+        for row in csv.DictReader(file):
+            if row.get("Usage") == usage:
+                keys.append(row["image"])
+                labels.append(int(row["level"]))
+    folder /= "test" if usage else "train"
+    content = in_files(folder, [f"{key}.jpeg" for key in keys], labels, keys)
+
+    def images(rows: list[int]) -> list[Path]:
+        paths = content.images(rows)
+        for path in paths:
+            with Image.open(path, formats=["JPEG"]) as image:
+                width, height = image.size
+            if width != 540 or height > 540:
+                raise DataError(
+                    f"{path} is {width} x {height}, not preprocessed as in TFDS's btgraham-300: "
+                    "scale all eyes to a radius of 300, take the local mean off, crop to 90 % "
+                    "(so 540 wide), save as JPEG of quality 72; or use --source prepared"
+                )
+        return paths
+
+    return Content(keys, content.labels, images)
+
+
+def dmlab(root: Path, split: str) -> Content:
+    folder = find(root, f"dmlab-{split}.tfrecord*").parent
+    examples = []
+    for path in sorted(folder.glob(f"dmlab-{split}.tfrecord*")):
+        examples += map(tf_example, tf_records(path))
+    keys = [bytes(example["filename"]).decode() for example in examples]
+
+    labels = np.array([example["label"] for example in examples])
+    return Content(keys, labels, lambda rows: [bytes(examples[row]["image"]) for row in rows])
+
+
+def tf_records(path: Path) -> Iterator[memoryview]:
+    """The records of a TFRecord file: 8 bytes of length, a crc of 4, the record, a crc of 4."""
+    view, start = memoryview(np.memmap(regular(path), mode="r")), 0
+    while start < len(view):
+        length = int.from_bytes(view[start : start + 8], "little")
+        if start + 16 + length > len(view):
+            raise ValueError(f"{path.name} ends within a record")
+        yield view[start + 12 : start + 12 + length]
+        start += 16 + length
+
+
+def tf_example(record: memoryview) -> dict:
+    """{feature: its first value} of a serialised tf.train.Example, bytes or integer."""
+    example = {}
+    for _, entry in _fields(dict(_fields(record))[1]):
+        pair = dict(_fields(entry))  # 1: the name, 2: the feature
+        [(kind, values)] = _fields(pair[2])  # 1: a list of bytes, 3: of integers
+        value = dict(_fields(values))[1]
+        if kind == 3 and isinstance(value, memoryview):
+            value, _ = _varint(value, 0)  # packed
+        example[bytes(pair[1]).decode()] = value
+    return example
+
+
+def _fields(message: memoryview) -> list[tuple]:
+    """(number, value) of the fields of a protocol buffer: integers, and what has a length."""
+    found, place = [], 0
+    while place < len(message):
+        tag, place = _varint(message, place)
+        value, place = _varint(message, place)
+        if tag & 7 == 2:
+            start, place = place, place + value
+            value = message[start:place]
+        found.append((tag >> 3, value))
+    return found
+
+
+def _varint(message: memoryview, place: int) -> tuple:
+    """An integer of seven bits a byte, the lowest first, and the place behind it."""
+    value = shift = 0
+    while message[place] > 127:
+        value |= (message[place] & 127) << shift
+        shift += 7
+        place += 1
+    return value | message[place] << shift, place + 1
+
+
+def digits(root: Path, split: str) -> Content:
+    with np.load(FOLDER / "demo" / "digits.npz") as file:
+        return in_memory(file["images"], file["labels"])
+
+
+def fashion_mnist(root: Path, split: str) -> Content:
+    content = datasets.FashionMNIST(root, train=split == "train")
+    return in_memory(content.data.numpy(), content.targets)

@@ -3,300 +3,282 @@
     python suite.py --dataset vtab --seed 0 1 2              # all 19 tasks (fgvc: 5), three seeds
     python suite.py --method mlae lora --lr 5e-4 1e-3 2e-3   # every combination, on the demo
     python suite.py --method mlae lora --lr 4e-3 8e-3 --choose lr --seed 0 1 2   # tuned alike
-    python suite.py --table runs --format markdown           # what is in a folder or csv, as a table
-    python suite.py --table runs --against lora              # and the paired difference to that
+    python suite.py --table runs --against lora              # the table of what is in a folder
 
-With --choose, every value of those flags is tried first: trained on 800 images and scored on
-val200, for each task, method and other setting by itself. The best mean is chosen, of equals the
-smaller value. Only then do the seeds run on the 1000 images, and are tested. <out>/runs.csv has a
-row for every run.
+It takes train.py's flags, each with one value or several; `--targets attn.qkv attn.qkv,mlp.fc1` are
+two values, and so are `--mask-prob 0.3 attn.qkv=0.5,mlp.fc1=0.3`. What is finished is skipped, and
+what was interrupted goes on. The same command in several shells, or on several machines that share
+--out, shares the runs out. The last line is JSON, and <out>/runs.csv has a row for every run.
 
-It takes train.py's flags, each with one value or several, and runs their product in this process;
-`--targets attn.qkv attn.qkv,mlp.fc1` are two values, and so are `--mask-prob 0.3
-attn.qkv=0.5,mlp.fc1=0.3`. What is finished is skipped, and what was interrupted goes on. The same
-command in several shells, or on several machines that share --out, shares the runs out. Tasks
-whose data are missing are named at the end. The last line is JSON.
+With --choose, every value of those flags is tried first, on 800 images and val200, for each task,
+method and other setting by itself. The best mean is chosen, of equals the smaller value. Only then
+do the seeds run on the 1000 images, and are tested.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import itertools
 import json
 import re
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import pandas
 import scipy.stats
 
 import data
+import runs
 import train
 from methods import METHODS
-from model import find_method, first_line
-from runs import (
-    OUT_OF_MEMORY,
-    PLACE,
-    WHOLE,
-    Busy,
-    Diverged,
-    Result,
-    RunError,
-    add_flags,
-    collect,
-    launched,
-    lock,
-    new_parser,
-    one_line,
-    out_of_memory,
-    read_json,
-    read_log,
-    result_of,
-    shown,
-    train_parser,
-    write_atomically,
-)
+from model import find_method
+from runs import RunError, shown
+from splits import printable
 
-TABLE_FORMATS = ["markdown", "csv", "json", "latex"]
 PROTOCOL = "here: the last epoch's weights, scored once; mean ± standard deviation over seeds (n)"
 GROUPED = ("vtab-1k",)  # benchmarks with a mean of groups
 PUBLISHED = Path(__file__).resolve().parent / "results" / "published.csv"
+MARKDOWN = {"tablefmt": "github", "disable_numparse": True}
 WIDE = 6  # tasks and means that are columns of a table; more are its lines
-PAUSE = 2.0  # seconds between two looks at runs of other processes
+LOADED = ("dataset", "data_dir", "source", "img_size", "augment", "val", *data.FOLDER_FLAGS)
 
 
 def suite_parser(manual: str | None = None) -> argparse.ArgumentParser:
     """The parser of suite.py: train.py's flags, with several values where that makes sense."""
-    parser = new_parser("suite.py", manual)
+    parser = runs.new_parser("suite.py", manual)
 
     def group(title: str) -> Callable:
         add = parser.add_argument_group(title).add_argument
 
         def flag(name: str, **options) -> None:
-            if name == "--resume":  # a suite always goes on
-                return
-            if name[2:].replace("-", "_") in PLACE or options.get("action") == "store_true":
+            if "nargs" in options:  # several words already: commas inside a value
+                options = {"type": lambda text: text.split(",")} | options | {"action": "store"}
+            elif name[2:].replace("-", "_") not in runs.PLACE and "action" not in options:
+                options["nargs"] = "+"
+            if name != "--resume":  # a suite always goes on
                 add(name, **options)
-            elif "nargs" not in options:
-                add(name, nargs="+", **options)
-            else:  # several words already: commas inside a value
-                options = {"type": lambda text: text.split(",")} | options
-                add(name, **options | {"action": "store"})
 
         return flag
 
-    add_flags(group)
+    runs.add_flags(group)
     flag = parser.add_argument_group("choosing").add_argument
-    words = "choose these on val200 (--table: were chosen)"
-    flag("--choose", nargs="+", metavar="FLAG", help=words)
+    flag("--choose", nargs="+", metavar="FLAG", default=[], help="choose these flags on val200")
     words = "seeds of the search on val200 (default: 0)"
-    flag("--search-seed", nargs="+", type=WHOLE, default=[0], metavar="SEED", help=words)
+    flag("--search-seed", nargs="+", type=runs.WHOLE, default=[0], metavar="SEED", help=words)
     flag = parser.add_argument_group("table").add_argument
-    flag(
-        "--table", metavar="PATH", type=Path, help="print the runs of a folder or csv, run nothing"
-    )
-    words = "in that table the paired difference to this, as in: lora, or mask-prob=0"
-    flag("--against", metavar="WORDS", help=words)
-    words = "of the table (default: markdown)"
-    flag("--format", choices=TABLE_FORMATS, default="markdown", help=words)
+    words = "run nothing, print the runs in folders or in tables as runs.csv"
+    flag("--table", nargs="+", metavar="PATH", help=words)
+    flag("--against", metavar="WORDS", help="add paired differences to: lora, or mask-prob=0")
+    forms, words = ["markdown", "csv", "json", "latex"], "of the table (default: markdown)"
+    flag("--format", choices=forms, default="markdown", help=words)
     return parser
 
 
-# --- many runs -------------------------------------------------------------------------------------
+# --- a row a run ----------------------------------------------------------------------------------
+def read_runs(*paths: str | Path) -> pandas.DataFrame:
+    """The finished runs in folders, and in tables like runs.csv, a row each; later ones are below.
+
+    Columns, of Python objects, None where a run has no such value: all arguments but runs.PLACE;
+    `identity`, the dict of what makes the run this run; `split` ("val" or "test") and `top1` on it
+    (%); `benchmark` and `task` of the table; `weights`, their tag; `run`, its folder below that of
+    the table; the rest of metrics.json; of the log's last line `similarity`, `train_top1` and
+    `train_loss`; `device`, `processes`, versions and `commit`.
+
+    Runs in folders that are damaged or unknown here are named and left out. RunError for a file
+    that is no such table."""
+    rows = []
+    for path in map(Path, paths):
+        if path.is_file():
+            rows += read_table(path)
+            continue
+        for file in sorted(path.rglob("metrics.json"), key=lambda file: file.lstat().st_mtime):
+            try:
+                rows.append(row_of(file.parent, path))
+            except RunError as error:
+                print(printable(f"{file.parent} is left out: {error}"), file=sys.stderr)
+    found = pandas.DataFrame(rows, dtype=object)  # numbers stay as they are
+    return found.where(found.notna(), None)
 
 
+def row_of(folder: str | Path, out: str | Path) -> dict:
+    """The row of a finished run below the folder `out`; RunError if it is damaged or unknown."""
+    folder = Path(folder)
+    config, metrics = map(runs.read_json, (folder / "config.json", folder / "metrics.json"))
+    log = folder / "log.csv"
+    last = runs.read_log(log)[-1] if log.exists() else {}
+    with runs.reading(folder / "metrics.json"):
+        own, task = config["identity"], metrics["dataset"]
+        if own["method"] not in METHODS or (task not in data.TASKS and data.FOLDER not in own):
+            raise ValueError(f"{own['method']} on {task} is unknown here")
+        benchmark = data.OWN if data.FOLDER in own else data.TASKS[task].benchmark
+        if data.FOLDER in own:  # folders of one name differ by their digests
+            task = printable(f"{task} {own[data.FOLDER][:6]}")
+        split = "val" if own.get("val") else "test"
+        top1, description = metrics[f"{split}_top1"], " ".join(metrics["data"].split())
+        is_right = type(top1) in (int, float) and 0 <= top1 <= 100 and description.isprintable()
+        if not is_right or (type(metrics["seed"]), type(metrics["official"])) != (int, bool):
+            raise ValueError("its seed, top-1, official or data cannot be right")
+        row = dict.fromkeys(vars(runs.train_parser().parse_args([]))) | config["arguments"]
+        for flag in runs.PLACE:
+            del row[flag]
+        row |= {"identity": own, "benchmark": benchmark, "task": task, "split": split}
+        row |= {"weights": printable(metrics.pop("model")), "official": metrics["official"]}
+        metrics.pop("digests", None)  # they are long, and the task's
+        row |= {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
+        row |= {"top1": float(top1), "data": description}
+    row |= {"similarity": last.get("similarity"), "train_top1": last.get("train_top1")}
+    row |= {"train_loss": last.get("loss"), "run": folder.relative_to(out).as_posix()}
+    row |= {"device": config.get("device"), "processes": config.get("processes")}
+    return row | config.get("versions", {}) | {"commit": config.get("git")}
+
+
+def read_table(path: Path) -> list[dict]:
+    """The rows of a runs.csv; RunError if it is none."""
+    rows = []
+    with runs.reading(path):
+        for row in pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records"):
+            rows.append({name: from_cell(text) for name, text in row.items()})
+            if rows[-1]["method"] not in METHODS or not isinstance(rows[-1]["identity"], dict):
+                raise ValueError(f"a row has no identity, or an unknown method: {row['method']}")
+    return rows
+
+
+def from_cell(text: str):
+    """The value of a cell that `to_cell` wrote; pandas alone would make 8 of a column 8.0."""
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        return text
+
+
+def to_cell(value) -> str:
+    """A value as JSON, but text that JSON would not take for something else as it is."""
+    if value is None or value != value:  # nan: another row has such a column
+        return ""
+    is_plain = isinstance(value, str) and from_cell(value) == value
+    return value if is_plain else json.dumps(value)
+
+
+def add_to_table(out: str, folder: str) -> None:
+    """Write a finished run into <out>/runs.csv, in the place of an earlier row of it."""
+    path, row = Path(out, "runs.csv"), row_of(folder, out)
+    with runs.lock(path.with_name("runs.lock"), patience=60):  # others may be writing it too
+        earlier = read_table(path) if path.exists() else []
+        rows = [other for other in earlier if other["run"] != row["run"]]
+        with runs.write_atomically(path) as draft:
+            pandas.DataFrame([*rows, row], dtype=object).map(to_cell).to_csv(draft, index=False)
+
+
+# --- many runs ------------------------------------------------------------------------------------
 def combinations(args: argparse.Namespace) -> list[argparse.Namespace]:
     """The settled arguments of every run: the product of all values, each run once."""
     values = {}
     for name, value in vars(args).items():
-        if name in ("choose", "search_seed"):
-            continue
         values[name] = value if isinstance(value, list) else [value]
-    tasks = []
-    for name in values["dataset"]:
+    del values["search_seed"]
+    suites, values["dataset"] = values["dataset"], []
+    for name in suites:
         members = [task.name for task in data.tasks_of(data.SUITES.get(name))]
-        tasks += members or [name]
-    values["dataset"] = tasks
-    runs = {}
+        values["dataset"] += members or [name]
+    found = {}
     for combination in itertools.product(*values.values()):
         one = argparse.Namespace(**dict(zip(values, combination, strict=True)))
-        for name in find_method(one.method).foreign():  # lora has no masks to vary
-            setattr(one, name, None)
+        vars(one).update(dict.fromkeys(find_method(one.method).foreign()))  # lora has no masks
         one = train.settle(one)
-        runs[json.dumps(vars(one), sort_keys=True)] = one
-    return list(runs.values())
+        found[json.dumps(vars(one), sort_keys=True)] = one
+    return list(found.values())
 
 
-def run_all(runs: list, done: Callable = lambda run, metrics: None) -> tuple[list, dict]:
-    """Run them, each result printed and given to `done`; returns the results, and why a task or run
-    is left out. What other processes are at comes last: its result is read when they are ready."""
-    results, left_out, load = [], {}, KeepLast()
-    queue, passed_over = deque(runs), 0
+def run_all(todo: list[argparse.Namespace], left_out: dict[str, str]) -> list[tuple]:
+    """(arguments, metrics) of the runs that end, in the order of `todo`; each goes into runs.csv.
+    What other processes are at comes last. `left_out` gets the reason for what is left out."""
+
+    @lru_cache(maxsize=1)  # the images of the last task stay in memory
+    def load_images(**values) -> tuple:
+        return data.load_data(argparse.Namespace(**values))
+
+    def load(args: argparse.Namespace) -> tuple:
+        return load_images(**{name: getattr(args, name) for name in LOADED})
+
+    results, queue, passed_over = {}, deque(enumerate(todo)), 0
     while queue:
-        args = queue.popleft()
+        number, args = queue.popleft()
         if args.dataset in left_out:
             continue
+        name = f"{args.method} on {args.dataset}, seed {args.seed}"
         try:
             metrics = train.run(args, load)
-        except Busy as error:
-            queue.append(args)
+        except runs.Busy as error:
+            queue.append((number, args))
             passed_over += 1
             if passed_over == len(queue):
                 print(f"waiting for other processes: {error}", flush=True)
             if passed_over >= len(queue):
-                time.sleep(PAUSE)
+                time.sleep(2.0)
             continue
         except data.DataError as error:
             left_out[args.dataset] = str(error)
-        except Diverged as error:
-            left_out[f"{args.dataset}, seed {args.seed}"] = str(error)
+        except runs.Diverged as error:
+            left_out[name] = str(error)
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if not runs.out_of_memory(error):
                 raise
-            left_out[f"{args.method} on {args.dataset}, seed {args.seed}"] = OUT_OF_MEMORY
+            left_out[name] = runs.OUT_OF_MEMORY
         else:
-            results.append(metrics)
+            results[number] = args, metrics
             print(json.dumps(metrics), flush=True)
-            write_runs(Path(args.out))
-            done(args, metrics)
+            add_to_table(args.out, metrics["run"])
         passed_over = 0
-    return results, left_out
+    return [results[number] for number in sorted(results)]
 
 
-class KeepLast:
-    """data.load_data, which remembers what it returned last: runs on one task follow each other."""
-
-    def __init__(self) -> None:
-        self.key, self.images = None, None
-
-    def __call__(self, args: argparse.Namespace) -> tuple[data.Images, data.Images]:
-        names = ("dataset", "data_dir", "source", "img_size", "augment", "val", *data.FOLDER_FLAGS)
-        key = [getattr(args, name) for name in names]
-        if key != self.key:
-            self.key, self.images = None, None  # let go first: two tasks may not fit
-            self.images, self.key = data.load_data(args), key
-        return self.images
-
-
-@dataclass
-class Trial:
-    """Settings that --choose tries: the arguments of one run without seed, and top-1 on val200 (%)
-    by seed."""
-
-    arguments: dict
-    top1: dict[int, float]
-
-    def mean(self) -> float:
-        return statistics.mean(self.top1.values())
-
-    def merit(self) -> tuple[int, float]:
-        """The best is chosen; settings with which a seed diverged are behind those without."""
-        return len(self.top1), self.mean()
-
-    def show(self, names: list[str]) -> str:
-        """For example "lr=0.001"; without settings that the method has not."""
-        given = [name for name in names if self.arguments[name] is not None]
-        return " ".join(f"{name}={shown(self.arguments[name])}" for name in given)
-
-
-def search(args: argparse.Namespace) -> tuple[list, dict]:
-    """Try the values of the flags in args.choose on val200, and choose.
-
-    Returns the runs with what was chosen on the 1000 images, one for each seed, and why tasks or
-    runs are left out.
-    """
-    names = chosen_flags(args)
-    others = identifying_flags(args, names)
-    every = argparse.Namespace(**vars(args))
-    every.val, every.seed = True, args.search_seed
-    runs = combinations(every)
-    trials: dict[str, Trial] = {}  # in this order, whatever order the results come in
-    for run in runs:
-        key, arguments = without_seed(run)
-        trials.setdefault(key, Trial(arguments, {}))
-
-    def note(run: argparse.Namespace, metrics: dict) -> None:
-        trial = trials[without_seed(run)[0]]
-        trial.top1[run.seed] = metrics["val_top1"]
-
-    _, left_out = run_all(runs, note)
-    scored = [trial for trial in trials.values() if trial.top1]
-    best = choose(scored, names, others)
-    runs = []
-    for trial in best:
-        for seed in args.seed if isinstance(args.seed, list) else [args.seed]:
-            runs.append(argparse.Namespace(**trial.arguments | {"seed": seed, "val": False}))
-    return runs, left_out
-
-
-def without_seed(run: argparse.Namespace) -> tuple[str, dict]:
-    """The arguments of a run but its seed, as a key and as a dict."""
-    arguments = {name: value for name, value in vars(run).items() if name != "seed"}
-    return json.dumps(arguments, sort_keys=True), arguments
-
-
-def chosen_flags(args: argparse.Namespace) -> list[str]:
-    """The names of the flags in args.choose; RunError for one that has not several values."""
-    names = [name.lstrip("-").replace("-", "_") for name in args.choose]
+def chosen_flags(args: argparse.Namespace, names: list[str]) -> list[str]:
+    """The other flags that tell choices of the flags `names` apart: those with several values, and
+    the methods' own flags that were given. RunError if one of `names` has not several values."""
+    of_methods = {"targets"}.union(*(method.settings for method in METHODS.values()))
+    several = {name for name, value in vars(args).items() if isinstance(value, list) and value[1:]}
+    several -= {"dataset", "method", "seed", "search_seed"}
     for name in names:
-        values = getattr(args, name, None)
-        if not isinstance(values, list) or len(values) < 2 or name in ("dataset", "method", "seed"):
-            flag = name.replace("_", "-")
-            raise RunError(f"--choose {flag}: give --{flag} several values to choose from")
+        if name not in several:
+            raise RunError(f"--choose {name}: give this flag several values to choose from")
     if args.val:
         raise RunError("--choose scores val200 by itself: leave --val out")
-    return names
+    given = {name for name in of_methods if getattr(args, name, None) is not None}
+    return [name for name in vars(args) if name in (several | given) - set(names)]
 
 
-def identifying_flags(args: argparse.Namespace, names: list[str]) -> list[str]:
-    """The names of the other flags that tell searches apart: those with several values, for each
-    of which there is a choice, and the methods' own flags that were given."""
-    of_methods = {"targets"}
-    for method in METHODS.values():
-        of_methods.update(method.settings)
-    known = {"dataset", "method", "seed", "search_seed", "choose", *names}
-    identifying = []
-    for name, value in vars(args).items():
-        several = isinstance(value, list) and len(value) > 1
-        given = name in of_methods and value is not None
-        if name not in known and (several or given):
-            identifying.append(name)
-    return identifying
-
-
-def choose(trials: list[Trial], names: list[str], others: list[str]) -> list[Trial]:
-    """The trial with the best mean of each task, method and value of the other flags, of equals
-    the one with the smaller values; says what was chosen from what.
-
-    Settings that follow from others, as the warm-up from the epochs, make no choice of their own.
-    """
-    groups: dict[str, list[Trial]] = {}
-    for trial in trials:
-        own = [trial.arguments[name] for name in ("dataset", "method", *others)]
-        groups.setdefault(json.dumps(own), []).append(trial)
-    best = []
-    for rivals in groups.values():
-        rivals.sort(key=lambda trial: [size(trial.arguments[name]) for name in names])
-        best.append(max(rivals, key=Trial.merit))  # the first of equals
-        task, method = best[-1].arguments["dataset"], best[-1].arguments["method"]
-        what = f"{method} on {task} {best[-1].show(others)}".rstrip()
-        tried = [f"{trial.show(names)} {trial.mean():.2f}" for trial in rivals]
-        print(f"chosen on val200, {what}: {best[-1].show(names)} of {', '.join(tried)}")
+def choose(results: list[tuple], names: list[str], others: list[str]) -> list[dict]:
+    """Of (arguments, metrics) of runs on val200, the settings (arguments with no seed) with the
+    best mean of each task, method and value of the flags `others`, of equals the smaller values of
+    the flags `names`; those with which a seed diverged are behind the rest. Prints the choice."""
+    groups: dict[str, dict] = {}  # {settings: top-1 of each seed} of what is compared
+    for run, metrics in results:
+        settings = vars(run) | {"seed": None}
+        group = json.dumps([settings[name] for name in ("dataset", "method", *others)])
+        trials = groups.setdefault(group, {})
+        trials.setdefault(json.dumps(settings), []).append(metrics["val_top1"])
+    chosen = []
+    for trials in groups.values():
+        rivals = []
+        for settings, scores in trials.items():
+            rivals.append((len(scores), statistics.mean(scores), json.loads(settings)))
+        rivals.sort(key=lambda trial: [size(trial[2][name]) for name in names])
+        _, _, best = max(rivals, key=lambda trial: trial[:2])  # the first of equals
+        chosen.append(best)
+        what = f"{best['method']} on {best['dataset']} {words_of(best, others)}".rstrip()
+        tried = [f"{words_of(settings, names)} {mean:.2f}" for _, mean, settings in rivals]
+        print(f"chosen on val200, {what}: {words_of(best, names)} of {', '.join(tried)}")
         for name in names:
-            sizes = [size(trial.arguments[name]) for trial in rivals]
-            if not all(isinstance(value, int | float) for value in sizes):
-                continue  # words, or a setting that the method has not
-            own = size(best[-1].arguments[name])
-            if own in (min(sizes), max(sizes)) and min(sizes) < max(sizes):
-                print(f"note: that is the smallest or largest {name}: try more values")
-    return best
+            sizes = [size(settings[name]) for _, _, settings in rivals]
+            if all(isinstance(value, int | float) for value in sizes):  # not words, and not None
+                if min(sizes) < max(sizes) and size(best[name]) in (min(sizes), max(sizes)):
+                    print(f"note: that is the smallest or largest {name}: try more values")
+    return chosen
 
 
 def size(value):
@@ -304,157 +286,57 @@ def size(value):
     return statistics.mean(value.values()) if isinstance(value, dict) else value
 
 
-# --- runs.csv: a row for every run ----------------------------------------------------------------
+def words_of(settings: dict, names: list[str]) -> str:
+    """For example "lr=0.001"; without settings that the method has not."""
+    given = [name for name in names if settings[name] is not None]
+    return " ".join(f"{name}={shown(settings[name])}" for name in given)
 
 
-def row_of(folder: Path) -> dict:
-    """A finished run as a row of runs.csv: its result, settings, machine, versions and commit.
-
-    `task` and `weights` are what metrics.json calls dataset and model; `identity` is what tells the
-    run from others, as JSON. Raises RunError for a run that cannot be read.
-    """
-    result, config = result_of(folder), read_json(folder / "config.json")
-    metrics = dict(result.metrics)
-    metrics.pop("digests", None)  # long; `digest` is of the scored images
-    row = {"task": metrics.pop("dataset"), "method": metrics["method"], "seed": metrics["seed"]}
-    row |= {"split": result.split, "weights": metrics.pop("model"), **metrics}
-    if (folder / "log.csv").is_file():
-        row["similarity"] = read_log(folder / "log.csv")[-1].get("similarity")
-    row |= {name: config.get(name) for name in ("device", "processes", "versions", "git")}
-    row["identity"] = result.identity
-    for name, value in result.arguments.items():
-        if name not in PLACE:
-            row.setdefault(name, value)
-    if row.get("checkpoint"):
-        row["checkpoint"] = Path(row["checkpoint"]).name
-    return row
-
-
-def write_runs(out: Path) -> None:
-    """Write <out>/runs.csv anew; other processes may be writing it too."""
-    rows = []
-    for file in sorted(out.rglob("metrics.json")):
-        with suppress(RunError):  # damaged: --table names it
-            rows.append(row_of(file.parent))
-    cells = []
-    for row in rows:
-        cells.append({name: as_cell(value) for name, value in row.items()})
-    with lock(out / "runs.lock", patience=60), write_atomically(out / "runs.csv") as draft:
-        pandas.DataFrame(cells).to_csv(draft, index=False)
-
-
-def as_cell(value: object) -> object:
-    """Text as it is, nothing as an empty cell, all else as JSON."""
-    return value if value is None or isinstance(value, str) else json.dumps(value)
-
-
-def from_cell(text: str) -> object:
-    """What `as_cell` was given."""
-    try:
-        return json.loads(text) if text else None
-    except ValueError:
-        return text
-
-
-def read_runs(*paths: str | Path) -> list[Result]:
-    """The finished runs of folders, and of files like runs.csv."""
-    results, flags = [], vars(train_parser().parse_args([]))
-    for path in map(Path, paths):
-        if not path.is_file():
-            results += collect(path)
-            continue
-        try:
-            table = pandas.read_csv(path, dtype=str, keep_default_na=False)
-            for cells in table.to_dict("records"):
-                row = {key: from_cell(text) for key, text in cells.items()}
-                results.append(result_from(row, flags))
-        except (OSError, ValueError, LookupError) as error:
-            raise RunError(f"cannot read {path}: {first_line(error)}") from error
-    return results
-
-
-def result_from(row: dict, flags: dict) -> Result:
-    """The run of a row of runs.csv, in which `flags` are columns beside the result's."""
-    arguments = {name: row[name] for name in row if name in flags}
-    metrics = {name: value for name, value in row.items() if name not in flags}
-    same = {"method": row["method"], "seed": row["seed"]}
-    metrics |= {"dataset": row["task"], "model": row["weights"]} | same
-    top1 = float(row[f"{row['split']}_top1"])
-    return Result(arguments, row["identity"], metrics, row["split"], top1)
-
-
-# --- intervals over seeds, by Student's t ---------------------------------------------------------
-
-
-def interval(values: list[float]) -> tuple[float, float | None, float | None]:
-    """(mean, low, high): the 95 % interval of the mean of at least one value, None of one alone."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
+# --- intervals over seeds -------------------------------------------------------------------------
+def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """(mean, low, high): the 95 % interval of the mean by Student's t; None, None of one value."""
+    mean, n = statistics.mean(values), len(values)
+    if n < 2:
         return mean, None, None
-    error = scipy.stats.sem(values)
-    if error == 0:
-        return mean, mean, mean
-    low, high = scipy.stats.t.interval(0.95, len(values) - 1, loc=mean, scale=error)
-    return mean, float(low), float(high)
+    half = scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(values)
+    return mean, float(mean - half), float(mean + half)
 
 
-def paired_difference(
-    a: dict[int, float], b: dict[int, float]
-) -> tuple[float | None, float | None, float | None, int]:
-    """(mean, low, high, n) of a - b over the n seeds that both {seed: value} have.
-
-    low and high are the mean's 95 % interval, None of one seed; without a common seed all are None.
-    """
+def paired_difference(a: dict[int, float], b: dict[int, float]) -> tuple:
+    """(`interval` of a - b, n) over the n seeds that both {seed: value} have; None without any."""
     differences = [a[seed] - b[seed] for seed in a if seed in b]
-    if not differences:
-        return None, None, None, 0
-    return *interval(differences), len(differences)
+    return *(interval(differences) if differences else (None, None, None)), len(differences)
 
 
-def compare(rows: list, words: str) -> None:
-    """Fill in, in place, the paired difference of each table.Row to one configuration of its table.
-
-    `words` are the method's name, settings as in mask_prob=0, or both, and fit one configuration. A
-    mean of tasks is compared if both are over all tasks. Raises RunError, listing what there is,
-    if they fit none or several in every table.
-    """
-    tables: dict[tuple, list] = {}
-    for row in rows:
-        tables.setdefault((row.benchmark, row.split), []).append(row)
+def compare(rows: list[dict], words: str) -> None:
+    """Fill in, in place, the paired difference of each row to one configuration of its table; of
+    means of tasks if both are over all tasks. RunError if the words, as in "lora" or "mlae
+    mask_prob=0", fit none or several in every table."""
     found = []
-    for members in tables.values():
-        fit = {row.configuration for row in members if fits(row, words)}
-        found += sorted(fit)
-        if len(fit) != 1:
-            continue
-        others = {row.task: row for row in members if row.configuration in fit}
-        for row in members:
-            other = others.get(row.task)
-            if not other or other is row or row.of > 1 and not (row.official and other.official):
+    for _, table in itertools.groupby(rows, key=lambda row: (row["benchmark"], row["split"])):
+        table = list(table)
+        names = sorted({row["configuration"] for row in table})
+        fit = [name for name in names if settings_in(words) <= settings_in(name)]
+        found += fit
+        others = {row["task"]: row for row in table if [row["configuration"]] == fit}
+        for row in table:
+            other = others.get(row["task"], row)
+            if other is row or row["of"] > 1 and not (row["official"] and other["official"]):
                 continue
-            *numbers, row.pairs = paired_difference(row.scores, other.scores)
-            row.difference, row.low, row.high = map(rounded, numbers)
-            row.against = other.configuration
-    if not any(row.against for row in rows):
-        names = ", ".join(found or sorted({row.configuration for row in rows}))
+            *numbers, row["pairs"] = paired_difference(row["scores"], other["scores"])
+            for name, value in zip(("difference", "low", "high"), numbers, strict=True):
+                row[name] = None if value is None else round(value, 2) + 0.0  # no -0.0
+            row["against"] = other["configuration"]
+    if not any(row["against"] for row in rows):
+        names = ", ".join(found or sorted({row["configuration"] for row in rows}))
         problem = "fits several" if found else "fits none"
         raise RunError(f"--against {words!r} {problem} of these configurations: {names}")
 
 
-def fits(row, words: str) -> bool:
-    """Whether all of these words are in the row's configuration, numbers compared as numbers."""
-    own = set(map(plain, row.configuration.split()))
-    return {plain(word) for word in words.split()} <= own
-
-
-def plain(word: str) -> str:
-    """A setting as in mask_prob=0.0 in one spelling: mask_prob=0."""
-    name, equals, value = word.lstrip("-").partition("=")
-    try:
-        value = f"{float(value):g}"
-    except ValueError:  # no number
-        pass
-    return f"{name.replace('-', '_')}{equals}{value}"
+def settings_in(words: str) -> set[tuple]:
+    """The words as keys that are equal for --mask-prob=0 and mask_prob=0.0."""
+    words = re.sub("-(?=[^ ]*=)", "_", re.sub("(^| )--", " ", words))
+    return {tuple(natural(word)) for word in words.split()}
 
 
 def natural(words: str) -> list:
@@ -463,91 +345,82 @@ def natural(words: str) -> list:
     return [float(piece) if i % 2 else piece for i, piece in enumerate(pieces)]
 
 
-def rounded(value: float | None) -> float | None:
-    """To two digits, without a zero's minus."""
-    return None if value is None else round(value, 2) + 0.0
-
-
 # --- the table ------------------------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """A cell of the table: one configuration on one task, or its mean over tasks.
-
-    `top1` is in percent over n seeds, `std` their sample standard deviation. `official`: all data
-    are the benchmark's own, and of a mean `tasks` of `of` tasks are there with the same seeds.
-    `chosen`: the settings that were chosen on val200. `scores`: top-1 by seed. `against` names the
-    configuration that `difference` is to, over `pairs` common seeds with its 95 % interval from
-    `low` to `high`; see `stats.compare`.
-    """
-
-    group: str
-    task: str
-    official: bool
-    top1: float | None
-    std: float | None
-    seeds: list[int]
-    n: int
-    tasks: int = 1
-    of: int = 1
-    data: str = ""
-    benchmark: str = ""
-    split: str = ""
-    method: str = ""
-    configuration: str = ""
-    chosen: dict = field(default_factory=dict)
-    scores: dict = field(default_factory=dict)
-    against: str = ""
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    pairs: int = 0
-
-
-def rows_of(results: list[Result], chosen: Sequence[str] = ()) -> list[Row]:
-    """A row for each task and configuration, and for each mean of tasks.
+def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = ()) -> list[dict]:
+    """A row for each task and configuration of `read_runs`, and for each mean of tasks: `top1` (%)
+    over n seeds, `std`, their sample standard deviation, `scores` by seed. `official`: all data are
+    the benchmark's own, and all `of` tasks of a mean are there with the same seeds.
 
     Runs are of one configuration if their identities differ in task and seed alone, and those on
-    test images also in the settings that were `chosen` for each task (one value for each seed).
-    """
-    tables: dict[tuple, dict] = {}  # (benchmark, split, settings) -> task -> seed -> result
-    arguments = {}  # the same -> all arguments of one of its runs
-    for result in results:
-        own = result.identity
+    test images also in the settings that were `chosen` for each task. RunError if one of these has
+    two values for one seed: one run would hide the other."""
+    # --- configurations ---
+    settings = []
+    for run in found.to_dict("records"):
+        own, free = run["identity"], ["dataset", "seed", "val", "model", data.FOLDER]
+        if run["split"] == "test":  # what is tried on val200 stays apart
+            free += chosen
         # the weights by their tag, or by the digest of a file, whatever its name
-        settings = {"model": own["model"] if "checkpoint" in own else result.metrics["model"]}
-        free = chosen if result.split == "test" else ()  # what is tried on val200 stays apart
-        for name, value in own.items():
-            if name not in ("dataset", "seed", "val", "model", data.FOLDER, *free):
-                settings[name] = value
-        benchmark, name = data.place_in_table(result.metrics["dataset"], result.identity)
-        key = benchmark, result.split, json.dumps(settings, sort_keys=True)
-        by_seed = tables.setdefault(key, {}).setdefault(name, {})
-        seed = result.metrics["seed"]
-        for setting in free:
-            both = {shown(one.arguments[setting]) for one in (result, by_seed.get(seed, result))}
-            if len(both) > 1:  # one run would hide the other
-                raise RunError(f"--choose {setting}: {name}, seed {seed}, has {' and '.join(both)}")
-        by_seed[seed] = result
-        weights = {"model": settings["model"], "checkpoint": own.get("checkpoint", "")[:8] or None}
-        arguments[key] = result.arguments | weights
-    with_means = {key[:2] for key, found in tables.items() if len(found) > 1}
+        given = {"model": own["model"] if "checkpoint" in own else run["weights"]}
+        given |= {name: value for name, value in own.items() if name not in free}
+        settings.append(json.dumps(given, sort_keys=True))
+    found = found.assign(settings=settings)
+    place = ["benchmark", "split", "settings", "task", "seed"]
+    for (_, split, _, task, seed), same in found.groupby(place):
+        for name in chosen if split == "test" else ():
+            values = sorted(set(map(shown, same[name])))
+            if len(values) > 1:
+                raise RunError(f"--choose {name}: {task}, seed {seed}, has {' and '.join(values)}")
+    found = found.drop_duplicates(place, keep="last")
+
+    # --- rows of tasks and of means ---
     rows = []
-    for key, found in tables.items():
-        benchmark, split, _ = key
-        rivals = [json.loads(other[2]) for other in tables if other[:2] == key[:2]]
-        configuration = label(arguments[key], json.loads(key[2]), rivals)
-        means = mean_rows(benchmark, found) if key[:2] in with_means else []
-        for row in task_rows(benchmark, found) + means:
-            row.benchmark = benchmark
-            row.split = split
-            row.method = arguments[key]["method"]
-            row.configuration = configuration
-            if row.of == 1 and split == "test":
-                run = next(iter(found[row.task].values()))
-                row.chosen = {name: run.arguments[name] for name in chosen}
-            rows.append(row)
+    for (benchmark, split), table in found.groupby(["benchmark", "split"], sort=False):
+        group_of = {task.name: task.group for task in data.tasks_of(benchmark)}
+        itself, groups = {name: name for name in table["task"]}, list(group_of.values())
+        has_means = benchmark in data.SUITES.values()
+        has_means &= table.groupby("settings")["task"].nunique().max() > 1
+        rivals = list(map(json.loads, table["settings"].unique()))
+        for text, own in table.groupby("settings", sort=False):
+            given, last = json.loads(text), own.iloc[-1].to_dict()
+            last |= {"model": given["model"], "checkpoint": given.get("checkpoint", "")[:8] or None}
+            common = {"benchmark": benchmark, "split": split, "method": given["method"]}
+            common["configuration"] = label(last, given, rivals)
+            scores = own.pivot(index="seed", columns="task", values="top1").astype(float)
+            official = own.groupby("task")["official"].all()
+            tasks = [name for name in group_of if name in scores] or list(scores)
+            lines = [(name, [name], itself, 1) for name in tasks]  # what, tasks, part of what, of
+            tasks = [name for name in tasks if official[name]]  # means are over these alone
+            if has_means and tasks and benchmark in GROUPED:
+                for group in dict.fromkeys(groups):
+                    members = [name for name in tasks if group_of[name] == group]
+                    lines.append((group, members, itself, groups.count(group)))
+                is_whole = {group_of[name] for name in tasks} == set(groups)
+                lines.append(("mean of groups", tasks if is_whole else [], group_of, len(groups)))
+            if has_means and tasks:
+                lines.append(("mean of tasks", tasks, itself, len(groups)))
+            for what, members, part_of, of in lines:
+                values = scores[members].dropna(how="all")  # (seeds, tasks)
+                n, same = min(values.count(), default=0), own[own["task"] == what]
+                row = common | {"group": "mean", "task": what, "official": False}
+                row |= {"data": "; ".join(sorted(set(same["data"]))), "chosen": {}, "top1": None}
+                row |= {"std": None, "seeds": [], "n": int(n), "tasks": len(members), "of": of}
+                row |= {"scores": {}, "against": "", "difference": None, "low": None, "high": None}
+                row["pairs"] = 0
+                if of == 1:
+                    row["group"] = group_of.get(what, benchmark)
+                    if split == "test":
+                        row["chosen"] = {flag: same[flag].iloc[0] for flag in chosen}
+                if n and values.isna().any(axis=None):  # the tasks have not the same seeds
+                    mean = values.mean().groupby(part_of).mean().mean()
+                    row["top1"] = round(float(mean), 2)
+                elif n:
+                    by_seed = values.T.groupby(part_of).mean().mean()  # (seeds,)
+                    row["official"] = bool(official[members].all()) and len(members) == of
+                    row |= {"seeds": list(by_seed.index), "scores": by_seed.round(4).to_dict()}
+                    row["top1"] = round(float(by_seed.mean()), 2)
+                    row["std"] = round(float(by_seed.std()), 2) if n > 1 else None
+                rows.append(row)
     return rows
 
 
@@ -565,269 +438,131 @@ def label(arguments: dict, given: dict, rivals: list[dict]) -> str:
     return " ".join(words)
 
 
-def task_rows(benchmark: str, found: dict) -> list[Row]:
-    """A row for each task that has a result."""
-    rows = []
-    for name, group in data.groups_of(benchmark, found).items():
-        results = found.get(name, {})
-        if not results:
-            continue
-        sources = {result.metrics["data"] for result in results.values()}
-        scores = {seed: result.top1 for seed, result in results.items()}
-        row = Row(group, name, is_official(results), *over_seeds(scores))
-        row.data = "; ".join(sorted(sources))
-        row.scores = scores
-        rows.append(row)
-    return rows
-
-
-def mean_rows(benchmark: str, found: dict) -> list[Row]:
-    """Means of a suite's groups, of the groups, of the tasks; none of other tasks or of subsets."""
-    if benchmark not in data.SUITES.values():
-        return []
-    official: dict[str, dict] = {}  # task -> seed -> top-1
-    groups: dict[str, list] = {}  # group -> names of its tasks
-    for task in data.tasks_of(benchmark):
-        groups.setdefault(task.group, []).append(task.name)
-        results = found.get(task.name, {})
-        if is_official(results):
-            official[task.name] = {seed: result.top1 for seed, result in results.items()}
-    if not official:
-        return []
-    scores = list(official.values())
-    count = len(data.tasks_of(benchmark))
-    of_tasks = mean_row("mean of tasks", mean_over(scores), scores, count)
-    if benchmark not in GROUPED:
-        return [of_tasks]
-    rows, group_means = [], []
-    for group, names in groups.items():
-        members = [official[name] for name in names if name in official]
-        group_means.append(mean_over(members))
-        rows.append(mean_row(group, group_means[-1], members, len(names)))
-    of_groups = mean_over(group_means) if all(group_means) else {}
-    return [*rows, mean_row("mean of groups", of_groups, scores, count), of_tasks]
-
-
-def mean_row(name: str, mean: dict, scores: list[dict], of: int) -> Row:
-    """The row of a mean {seed: top-1} over `scores`, out of `of` tasks."""
-    whole = len(scores) == of and None not in mean
-    row = Row("mean", name, whole, *over_seeds(mean), tasks=len(scores), of=of)
-    row.n = min(map(len, scores)) if mean else 0
-    row.scores = {seed: round(top1, 4) for seed, top1 in mean.items() if seed is not None}
-    return row
-
-
-def is_official(results: dict[int, Result]) -> bool:
-    """Whether there are results and all are on the benchmark's own images."""
-    return bool(results) and all(result.metrics["official"] for result in results.values())
-
-
-def mean_over(scores: list[dict]) -> dict:
-    """The mean of several {seed: top-1}, seed by seed if all have the same; else {None: mean}.
-
-    Of tasks it is the mean of tasks, or of a group; of groups it is the mean of groups.
-    """
-    if not scores:
-        return {}
-    seeds = scores[0].keys()
-    if any(score.keys() != seeds for score in scores):
-        means = [statistics.mean(score.values()) for score in scores]
-        return {None: statistics.mean(means)}
-    mean = {}
-    for seed in seeds:
-        values = [score[seed] for score in scores]
-        mean[seed] = statistics.mean(values)
-    return mean
-
-
-def over_seeds(scores: dict) -> tuple:
-    """(mean, sample standard deviation, seeds, their number) of {seed: top-1}."""
-    if not scores:
-        return None, None, [], 0
-    values = list(scores.values())
-    std = round(statistics.stdev(values), 2) if len(values) > 1 else None
-    seeds = sorted(seed for seed in scores if seed is not None)
-    return round(statistics.mean(values), 2), std, seeds, len(values)
-
-
-def tabulate(rows: list[Row], form: str = "markdown") -> str:
-    """The table as markdown, csv, json or latex (booktabs; the tabulars alone).
-
-    Markdown and json have published results too, if a suite's test results are in the table.
-    """
-    rows = sorted(rows, key=lambda row: natural(row.configuration))  # not by when each ran
-    published = list(csv.DictReader(PUBLISHED.read_text(encoding="utf-8").splitlines()))
+def tabulate(rows: list[dict], form: str = "markdown") -> str:
+    """The table as markdown or json, with published results, csv or latex (booktabs' tabulars)."""
+    rows = sorted(rows, key=lambda row: natural(row["configuration"]))  # not by when each ran
+    published = pandas.read_csv(PUBLISHED, dtype=str, keep_default_na=False)
     if form == "json":
-        return json.dumps({"runs": list(map(asdict, rows)), "published": published}, indent=1)
+        return json.dumps({"runs": rows, "published": published.to_dict("records")}, indent=1)
     if form == "csv":
-        return as_csv(rows)
+        return pandas.DataFrame(rows, dtype=object).map(to_cell).to_csv(index=False).rstrip()
+    benchmarks = dict.fromkeys(task.benchmark for task in data.TASKS.values())
     blocks = []
-    for split, benchmark in itertools.product(("val", "test"), data.BENCHMARKS):
-        own = [row for row in rows if row.benchmark == benchmark and row.split == split]
+    for split, benchmark in itertools.product(("val", "test"), [*benchmarks, data.OWN]):
+        own = [row for row in rows if (row["benchmark"], row["split"]) == (benchmark, split)]
         if not own:
             continue
-        lines = [grid(own)]
-        compared = [row for row in own if row.against]
+        grids = [grid(own, f"{benchmark}, {split} top-1 (%)", cell)]
+        compared = [row for row in own if row["against"]]
         if compared:
-            lines.append(grid(compared, difference))
+            corner = f"{split} top-1 minus that of {compared[0]['against']}, paired [95 %]"
+            grids.append(grid(compared, corner, difference))
         if form == "latex":
-            blocks += map(as_latex, lines)
-        else:
-            blocks += [*partial(own), *map(as_markdown, lines), notes(own)]
+            tabulars = [one.reset_index().to_latex(index=False, escape=True) for one in grids]
+            blocks += [text.replace("±", r"$\pm$").rstrip() for text in tabulars]
+            continue
+        blocks += [one.to_markdown(**MARKDOWN) for one in grids]
+
+        # --- what is no result of its suite yet, what the images are, and what was chosen ---
+        lines, tasks = [], [row for row in own if row["group"] != "mean"]
+        for row in own:
+            if row["task"] == "mean of tasks" and not row["official"]:
+                what = "PARTIAL, no {benchmark} result: {configuration} has {tasks} of {of} tasks "
+                what += "with official data" + ", of unequal seeds" * (row["tasks"] == row["of"])
+                lines.append(what.format(**row) + ".")
+        lines += [f"{row['task']}: {row['data']}" for row in tasks]
+        for row in tasks:
+            words = ", ".join(f"{name} {shown(value)}" for name, value in row["chosen"].items())
+            if words:
+                lines.append(f"{row['task']}, {row['configuration']}: {words} chosen on val200")
+        if not all(row["official"] for row in tasks):
+            lines.append(f"* a subset of {benchmark} or not its official images; in no mean.")
+        blocks.append("\n".join(dict.fromkeys(lines)))  # each once
     if form == "latex":
         return "\n\n".join(blocks)
     blocks.append(PROTOCOL)
-    if any(row.group == "mean" and row.split == "test" for row in rows):
+    if any(row["group"] == "mean" and row["split"] == "test" for row in rows):
         head = ["published, ViT-B/16 IN-21k", "vtab-1k groups", "vtab-1k tasks", "fgvc"]
-        lines = [[*head, "groups by best test epoch", "protocol"]]
-        for entry in published:
-            lines.append([value or "-" for value in entry.values()])
-        blocks.append(as_markdown(lines))
+        published.columns = [*head, "groups by best test epoch", "protocol"]
+        published = published.replace("", "-").set_index(head[0])
+        blocks.append(published.to_markdown(**MARKDOWN))
     return "\n\n".join(blocks)
 
 
-def partial(rows: list[Row]) -> list[str]:
-    """A sentence for each configuration that is not yet a result of its suite."""
-    sentences = []
+def grid(rows: list[dict], corner: str, show: Callable[[dict], str]) -> pandas.DataFrame:
+    """What `show` writes for each row, configurations x tasks and means, transposed if WIDE."""
+    tasks = {row["task"] for row in rows if row["group"] != "mean"}
+    columns = [task for task in data.TASKS if task in tasks] or sorted(tasks)
+    columns += dict.fromkeys(row["task"] for row in rows if row["group"] == "mean")
+    lines = list(dict.fromkeys(row["configuration"] for row in rows))
+    cells = pandas.DataFrame("-", index=lines, columns=columns)
     for row in rows:
-        if row.task == "mean of tasks" and not row.official:
-            count = f"{row.tasks} of {row.of} tasks with official data"
-            unequal = ", of unequal seeds" if row.tasks == row.of else ""
-            name = f"{row.benchmark} result: {row.configuration}"
-            sentences.append(f"PARTIAL, no {name} has {count}{unequal}.")
-    return sentences
+        cells.loc[row["configuration"], row["task"]] = show(row)
+    return (cells if len(columns) <= WIDE else cells.T).rename_axis(index=corner)
 
 
-def notes(rows: list[Row]) -> str:
-    """What the images of each task are, and what a star in the table means."""
-    lines = {}  # each once, in order
-    for row in rows:
-        if row.of == 1:
-            lines[f"{row.task}: {row.data}"] = True
-    for row in rows:
-        if row.chosen:
-            words = ", ".join(f"{name} {shown(value)}" for name, value in row.chosen.items())
-            lines[f"{row.task}, {row.configuration}: {words} chosen on val200"] = True
-    if any(row.of == 1 and not row.official for row in rows):
-        lines[f"* a subset of {rows[0].benchmark} or not its official images; in no mean."] = True
-    return "\n".join(lines)
-
-
-def grid(rows: list[Row], show: Callable | None = None) -> list[list[str]]:
-    """Lines of cells, as `cell` or `show` writes them: a line for each configuration and a column
-    for each task and mean, or the other way round where there are many tasks."""
-    names = dict.fromkeys(row.configuration for row in rows)
-    found = dict.fromkeys(row.task for row in rows)
-    order = [*data.groups_of(rows[0].benchmark, found), *found]  # the table's, then the means
-    tasks = sorted(found, key=order.index)
-    text = {(row.configuration, row.task): (show or cell)(row) for row in rows}
-    corner = f"{rows[0].benchmark}, {rows[0].split} top-1 (%)"
-    if show:
-        corner = f"{rows[0].split} top-1 minus that of {rows[0].against}, paired [95 %]"
-    lines = [[corner, *tasks]]
-    for name in names:
-        cells = [text.get((name, task), "-") for task in tasks]
-        lines.append([name, *cells])
-    if len(tasks) <= WIDE:
-        return lines
-    return [list(column) for column in zip(*lines, strict=True)]
-
-
-def cell(row: Row) -> str:
+def cell(row: dict) -> str:
     """For example 71.00 ± 1.00 (3), with a mark if it is not the benchmark's."""
-    if row.top1 is None:
+    if row["top1"] is None:
         return "-"
-    deviation = "" if row.std is None else f" ± {row.std:.2f}"
-    mark = "*" if row.of == 1 else f"[{row.tasks} of {row.of} tasks]"
-    return f"{row.top1:.2f}{deviation} ({row.n}) {'' if row.official else mark}".rstrip()
+    deviation = "" if row["std"] is None else f" ± {row['std']:.2f}"
+    mark = " *" if row["of"] == 1 else f" [{row['tasks']} of {row['of']} tasks]"
+    return f"{row['top1']:.2f}{deviation} ({row['n']}){'' if row['official'] else mark}"
 
 
-def difference(row: Row) -> str:
+def difference(row: dict) -> str:
     """For example -1.00 [-2.10, 0.10] (5): the mean, its interval and how many seeds are common."""
-    if row.difference is None:
+    if row["difference"] is None:
         return "-"
-    ends = "" if row.low is None else f" [{row.low:.2f}, {row.high:.2f}]"
-    return f"{row.difference:+.2f}{ends} ({row.pairs})"
+    ends = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['difference']:+.2f}{ends} ({row['pairs']})"
 
 
-def as_markdown(lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * width for width in widths]
-    text = []
-    for line in [lines[0], rule, *lines[1:]]:
-        text.append(f"| {' | '.join(map(str.ljust, line, widths))} |")
-    return "\n".join(text)
-
-
-def as_latex(lines: list[list[str]]) -> str:
-    r"""A tabular; its document needs \usepackage{booktabs}."""
-    escapes = {char: f"\\{char}" for char in "_%&#${}"}
-    escapes |= {"±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    escapes["\\"] = r"\textbackslash{}"
-    text = []
-    for line in lines:
-        cells = [word.translate(str.maketrans(escapes)) for word in line]
-        text.append(" & ".join(cells) + r" \\")
-    head = rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}"
-    rules = [head, r"\toprule", text[0], r"\midrule", *text[1:], r"\bottomrule"]
-    return "\n".join([*rules, r"\end{tabular}"])
-
-
-def as_csv(rows: list[Row]) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(asdict(rows[0]))
-    for row in rows:
-        values = asdict(row).values()
-        writer.writerow(json.dumps(one) if isinstance(one, dict) else one for one in values)
-    return file.getvalue().rstrip()
-
-
-def summary(row: Row) -> dict:
-    """A row under the names of metrics.json."""
-    own = {"dataset": row.task, "method": row.method, "configuration": row.configuration}
-    own |= {"chosen": row.chosen, "seeds": row.seeds, "n": row.n, "official": row.official}
-    return own | {f"{row.split}_top1": row.top1, f"{row.split}_top1_std": row.std}
-
-
+# --- the command ----------------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> None:
     args = suite_parser(__doc__).parse_args(argv)
-    folder, form, against = args.table, args.format, args.against
-    del args.table, args.format, args.against
-    with one_line("suite.py"):
-        if launched()[1] > 1:
-            raise RunError("torchrun is for train.py; start suite.py itself several times")
-        if folder:
-            known = read_runs(folder)
-            if not known:
-                raise RunError(f"--table: there is no finished run in {folder}")
-            names = [name.lstrip("-").replace("-", "_") for name in args.choose or ()]
-            for name in names:
-                if name not in known[0].arguments:
-                    raise RunError(f"--choose {name}: a run has no such flag")
-            rows = rows_of(known, chosen=names)
-            if against:
-                compare(rows, against)
-            print(tabulate(rows, form))
-            return
+    names = [flag.lstrip("-").replace("-", "_") for flag in args.choose]
+    paths, form, against = args.table, args.format, args.against
+    del args.table, args.format, args.against, args.choose
+    args.resume = None  # what was interrupted goes on, what was not starts
+    with runs.one_line("suite.py"):
+        # --- the runs, after a search on val200 if there is something to choose ---
+        folders = paths
+        if not paths:
+            left_out, todo = {}, [] if names else combinations(args)
+            if names:
+                others = chosen_flags(args, names)
+                tried = argparse.Namespace(**vars(args) | {"val": True, "seed": args.search_seed})
+                best = choose(run_all(combinations(tried), left_out), names, others)
+                seeds = args.seed if isinstance(args.seed, list) else [args.seed]
+                for settings, seed in itertools.product(best, seeds):
+                    todo.append(argparse.Namespace(**settings | {"val": False, "seed": seed}))
+            results = run_all(todo, left_out)
+            for name, reason in left_out.items():
+                print(f"left out: {name}: {reason}")
+            if not results:
+                raise RunError("--dataset: not one of these runs was possible; see above")
+            folders = [metrics["run"] for _, metrics in results]
+
+        # --- their table ---
+        found = read_runs(*folders)
+        if found.empty:
+            raise RunError(f"--table: there is no finished run in {' '.join(paths)}")
+        for name in set(names) - set(found):
+            raise RunError(f"--choose {name}: a run has no such flag")
+        rows = rows_of(found, names)
         if against:
-            raise RunError("--against is for --table")
-        args.resume = None  # what was interrupted goes on, what was not starts
-        names, left_out = [], {}
-        if args.choose:
-            names = chosen_flags(args)
-            runs, left_out = search(args)
-        else:
-            runs = combinations(args)
-        metrics, more = run_all(runs)
-        for name, reason in (left_out | more).items():
-            print(f"left out: {name}: {reason}")
-        if not metrics:
-            raise RunError("--dataset: not one of these runs was possible; see above")
-        folders = [result["run"] for result in metrics]
-        rows = rows_of(read_runs(*folders), chosen=names)
+            compare(rows, against)
         print(tabulate(rows, form))
-        print(json.dumps({"rows": list(map(summary, rows))}))
+        if not paths:  # under the names of metrics.json
+            last, keys = [], ("method", "configuration", "chosen", "seeds", "n", "official")
+            for row in rows:
+                score = {
+                    f"{row['split']}_top1": row["top1"],
+                    f"{row['split']}_top1_std": row["std"],
+                }
+                last.append({"dataset": row["task"]} | {key: row[key] for key in keys} | score)
+            print(json.dumps({"rows": last}))
 
 
 if __name__ == "__main__":

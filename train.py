@@ -27,15 +27,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import model as models
 import runs
-from data import create_normalizer, find_task, load_data
+from data import Images, create_normalizer, find_task, load_data
 from eval import evaluate
-from methods import METHODS
+from methods import METHODS, Method
+from mlae import hold_mask_prob
 from runs import PADDING, Diverged, RunError, broadcast, process_rank, settle, world_size
 from splits import regular
 
@@ -69,6 +71,52 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
         (folder / "state.pt").unlink(missing_ok=True)
     print(f"finished before (--overwrite runs it again): {folder}")
     return metrics | {"run": str(folder)}  # it may have been moved
+
+
+def capture(step: Callable, model: nn.Module, images: Images, batch_size: int) -> Callable:
+    """`step(x, y, size)` as one CUDA graph, for batches of up to `batch_size` images.
+
+    An adapted layer costs some 20 small kernels, and Python takes longer to launch them than the GPU
+    to run them. A graph launches all kernels of a step at once. It replays what was captured, from
+    the same memory: a batch is copied to where the first one was; gradients stay where they are,
+    and are written anew; random numbers go on as if nothing had been captured.
+    """
+    device = next(model.parameters()).device
+    x = torch.zeros(batch_size, 3, images.img_size, images.img_size, dtype=torch.uint8).to(device)
+    y = torch.zeros(batch_size, dtype=torch.long, device=device)
+    size = torch.tensor(float(batch_size), device=device)
+    hold_mask_prob(model)
+    numbers = torch.cuda.get_rng_state(device)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(3):  # what libraries set up at first use must not be captured
+                step(x, y, size)
+                model.zero_grad()  # no trace: neither gradients nor weights nor random numbers
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            step(x, y, size)
+    finally:
+        torch.cuda.set_rng_state(numbers, device)
+
+    def replay(batch: Tensor, labels: Tensor, count: int) -> None:
+        x[: len(batch)].copy_(batch)
+        y.fill_(PADDING)  # what a last, short batch lacks is ignored
+        y[: len(labels)].copy_(labels)
+        size.fill_(count)
+        graph.replay()
+
+    return replay
+
+
+def can_be_captured(model: nn.Module, method: Method, args: argparse.Namespace, amp: str) -> bool:
+    """Whether a step can be a CUDA graph: not with what asks the GPU, or changes a shape, as the
+    scaler of fp16 and SNELLA; with random numbers that are drawn again; or among several ranks."""
+    on_cuda = next(model.parameters()).device.type == "cuda" and world_size() == 1
+    moves = any(isinstance(module, _BatchNorm) and module.training for module in model.modules())
+    again = args.grad_checkpoint or amp == "fp16" or moves  # warm-up would move batch statistics
+    return on_cuda and method.capturable and not again
 
 
 def report(metrics: dict) -> dict:
@@ -203,14 +251,15 @@ def train_and_score(
         (folder / "metrics.json").unlink(missing_ok=True)
         if args.overwrite and not args.resume:
             state.unlink(missing_ok=True)
-        runs.write_lists(folder, train, test)
+        for images in (train, test) if train.folder else ():  # which photo is of which part
+            runs.write_csv(folder / f"{images.role}.csv", ["path", "label"], images.rows())
         runs.write_json(folder / "config.json", config)
     print(f"{args.method} on {own['dataset']}, {weights['tag']}, {device}: {train.description}")
     print("{} of {} linear layers adapted; ".format(*model.adapted), end="")
     print("{trainable:,} of {total:,} parameters train, {head:,} in the head".format(**counts))
 
     # --- training ---
-    digest = train.fingerprint()
+    digest = train.digest(here=True)
     done = restore(state, model, optimizer, scaler, digest)
     first = step = done["epoch"] * steps_per_epoch
     models.train_mode(model)
@@ -221,37 +270,55 @@ def train_and_score(
         net = torch.compile(model, dynamic=True)  # one graph for every p and batch size
     if world_size() > 1:  # gradients are means over the ranks; all steps use the same parameters
         net = DistributedDataParallel(net, static_graph=True)
+    loss_sum = torch.zeros((), device=device)  # over an epoch, as `correct`
+    correct = torch.zeros((), dtype=torch.long, device=device)
+
+    def accumulate_gradients(x: Tensor, y: Tensor, size: int | Tensor) -> None:
+        """Of a batch (B, 3, S, S) uint8 and (B,), or of this rank's part of `size` images."""
+        # each part draws its own masks
+        for images, labels in zip(x.chunk(args.accumulate), y.chunk(args.accumulate), strict=True):
+            with runs.autocast(device, amp):
+                logits = net(normalize(images))  # (B / accumulate, classes)
+            loss = F.cross_entropy(
+                logits.float(),
+                labels,
+                reduction="sum",
+                ignore_index=PADDING,
+                label_smoothing=args.label_smoothing,
+            )
+            loss_sum.add_(loss.detach())
+            correct.add_((logits.detach().argmax(1) == labels).sum())
+            loss = loss / size * world_size()  # whose gradients' mean is taken
+            loss = loss + method.penalty(model) * (len(images) / len(x))
+            scaler.scale(loss).backward()
+
+    replay = None
+    if args.graph == "auto" and can_be_captured(model, method, args, amp):
+        try:
+            replay = capture(accumulate_gradients, model, train, args.batch_size)
+        except RuntimeError as error:  # as it was not to be: out of memory, or a kernel that waits
+            optimizer.zero_grad()
+            print(f"note: no CUDA graph, which is slower: {models.first_line(error)}")
     bar = tqdm(total=steps, initial=step, unit="step", disable=None)
     for epoch in range(done["epoch"], args.epochs):
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(args.seed * 10_007 + epoch)
         order = torch.randperm(len(train), generator=generator)
-        loss_sum = correct = seen = 0
+        loss_sum.zero_()
+        correct.zero_()
+        seen = 0
         bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
         seed = f"{args.seed} {epoch}"
         for x, y, size in runs.rank_batches(train, order, args.batch_size, args.workers, seed):
-            x, y = x.to(device), y.to(device)  # (B, 3, S, S) uint8 and (B,), this rank's part
+            x, y = x.to(device), y.to(device)
             lr = learning_rate(step, steps, warmup, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
-            optimizer.zero_grad()
-            # each part draws its own masks
-            parts = zip(x.chunk(args.accumulate), y.chunk(args.accumulate), strict=True)
-            for images, labels in parts:
-                with runs.autocast(device, amp):
-                    logits = net(normalize(images))  # (B / accumulate, classes)
-                loss = F.cross_entropy(
-                    logits.float(),
-                    labels,
-                    reduction="sum",
-                    ignore_index=PADDING,
-                    label_smoothing=args.label_smoothing,
-                )
-                loss_sum += loss.detach()
-                correct += (logits.detach().argmax(1) == labels).sum()
-                loss = loss / size * world_size()  # whose gradients' mean is taken
-                loss = loss + method.penalty(model) * (len(images) / len(x))
-                scaler.scale(loss).backward()
+            if replay:
+                replay(x, y, size)
+            else:
+                optimizer.zero_grad()
+                accumulate_gradients(x, y, size)
             step += 1
             method.before_step(model, step / steps)
             scaler.step(optimizer)
@@ -271,7 +338,8 @@ def train_and_score(
             raise Diverged(f"{where}: lower --lr {args.lr:g}")
         done = {"epoch": epoch + 1, "rows": [*done["rows"], row], "seconds": row["seconds"]}
         if process_rank() == 0:
-            runs.write_log(folder / "log.csv", done["rows"])
+            lines = [[f"{value:.7g}" for value in row.values()] for row in done["rows"]]
+            runs.write_csv(folder / "log.csv", list(row), lines)
             save_state(state, models.adapter_state(model), optimizer, scaler, digest, done)
         if bar.disable:  # no terminal
             line = "epoch {epoch:.0f}: loss {loss:.3f}, training top-1 {train_top1:.1f} %"

@@ -14,7 +14,9 @@ import model as models
 import tasks
 import train
 
-FETCH = tasks._fetch
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +26,12 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def fetch_itself():
-    return FETCH
+    return tasks._fetch
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
-    def refuse(name, original, root):
+def _no_network(monkeypatch, fetch_itself):
+    def refuse(*arguments):
         raise OSError("tests download nothing")
 
     monkeypatch.setattr(tasks, "_fetch", refuse)
@@ -43,8 +45,7 @@ def nano():
         net = models.create("vit_nano", 10, **{"pretrained": False, **kwargs})
         for layer in models.adapters(net).values():
             torch.nn.init.normal_(layer.lora_B, std=0.1)
-            if hasattr(layer, "expert_mask"):
-                layer.lora_B.data *= layer.expert_mask
+            layer.lora_B.data *= getattr(layer, "expert_mask", 1)
         return net
 
     return make
@@ -67,6 +68,10 @@ def run(tmp_path, capsys, monkeypatch):
     return call
 
 
+def noise(rng, height, width):
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
 @pytest.fixture
 def cifar(tmp_path):
     """A prepared CIFAR-100 of ten images, which the lists call by other names, each once."""
@@ -74,8 +79,7 @@ def cifar(tmp_path):
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(10):
-        image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
-        image.save(folder / "images" / f"{i}.png")
+        noise(rng, 8, 8).save(folder / "images" / f"{i}.png")
     for i in range(1, 300):  # images/7/3.png is images/3.png: links to all would take long
         (folder / "images" / f"{i}").symlink_to(".")
     write_lists(folder, 30, 7)
@@ -83,23 +87,18 @@ def cifar(tmp_path):
 
 
 def log(metrics):
-    with open(Path(metrics["run"], "log.csv")) as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(Path(metrics["run"], "log.csv").read_text().splitlines()))
 
 
 def write_lists(folder, test, step):
-    cuts = {
-        "train800": (0, 800),
-        "val200": (800, 1000),
-        "train800val200": (0, 1000),
-        "test": (1000, 1000 + test),
-    }
-    for name, cut in cuts.items():
-        lines = []
-        for i in range(*cut):
-            path = f"{i // 10}/{i % 10}" if i >= 10 else i
-            lines.append(f"images/{path}.png {i % 10 * step}\n")
-        (folder / f"{name}.txt").write_text("".join(lines))
+    lines = []
+    for i in range(1000 + test):
+        path = f"{i // 10}/{i % 10}" if i >= 10 else i
+        lines.append(f"images/{path}.png {i % 10 * step}\n")
+    (folder / "train800.txt").write_text("".join(lines[:800]))
+    (folder / "val200.txt").write_text("".join(lines[800:1000]))
+    (folder / "train800val200.txt").write_text("".join(lines[:1000]))
+    (folder / "test.txt").write_text("".join(lines[1000:]))
 
 
 def stop_after(monkeypatch, epochs):
@@ -114,26 +113,19 @@ def stop_after(monkeypatch, epochs):
     monkeypatch.setattr(train, "save_state", save_and_stop)
 
 
-BIRDS = {"train": 30, "val": 10, "test": 12}
-
-
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """A whole CIFAR-100 task in the prepared layout: 1000 + 20 random images of 12 x 10 pixels, three of them odd."""
+    """A whole CIFAR-100 task in the prepared layout: 1000 + 20 images, three of them odd."""
     root = tmp_path_factory.mktemp("data")
     folder = root / "vtab-1k" / "cifar"
-    rng = np.random.default_rng(0)
-    lists = {"train800": 800, "val200": 200, "test": 20}
-    for name, count in lists.items():
+    rng, odd = np.random.default_rng(0), {1: "L", 2: "P", 3: "RGBA"}
+    for name, count in {"train800": 800, "val200": 200, "test": 20}.items():
         (folder / "images" / name).mkdir(parents=True)
         lines = []
         for i in range(count):
-            image = Image.fromarray(rng.integers(0, 256, (10, 12, 3), np.uint8))
-            image = {1: image.convert("L"), 2: image.convert("P"), 3: image.convert("RGBA")}.get(
-                i, image
-            )
-            image.save(folder / "images" / name / f"{i:06}.png")
-            lines.append(f"images/{name}/{i:06}.png {i % 100}\n")
+            path = f"images/{name}/{i:06}.png"
+            noise(rng, 10, 12).convert(odd.get(i, "RGB")).save(folder / path)
+            lines.append(f"{path} {i % 100}\n")
         (folder / f"{name}.txt").write_text("".join(lines))
     both = (folder / "train800.txt").read_text() + (folder / "val200.txt").read_text()
     (folder / "train800val200.txt").write_text(both)
@@ -141,16 +133,14 @@ def prepared(tmp_path_factory):
 
 
 def edited(prepared, tmp_path, listing, edit):
-    """A copy of the prepared folder's lists with one list edited; the images are linked, not copied."""
-    folder = tmp_path / "vtab-1k" / "cifar"
+    """A copy of the prepared folder with one list edited; the images are linked, not copied."""
+    source, folder = prepared / "vtab-1k" / "cifar", tmp_path / "vtab-1k" / "cifar"
     folder.mkdir(parents=True)
-    source = prepared / "vtab-1k" / "cifar"
     (folder / "images").symlink_to(source / "images")
     for file in source.glob("*.txt"):
         lines = file.read_text().splitlines()
-        (folder / file.name).write_text(
-            "\n".join(edit(lines) if file.name == listing else lines) + "\n"
-        )
+        lines = edit(lines) if file.name == listing else lines
+        (folder / file.name).write_text("\n".join(lines) + "\n")
     return tmp_path
 
 
@@ -158,13 +148,13 @@ def edited(prepared, tmp_path, listing, edit):
 def birds(tmp_path):
     """A CUB of few images, in VPT's layout: class ids from 1 with gaps, images of several shapes."""
     folder, rng = tmp_path / "fgvc/CUB_200_2011", np.random.default_rng(0)
-    for part, count in BIRDS.items():
+    for part, count in {"train": 30, "val": 10, "test": 12}.items():
         listing = {}
         for i in range(count):
             name = f"{i % 5:03}.bird/{part}{i}.jpg"
             (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-            coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 3), np.uint8))
-            coarse.resize((90 + 7 * (i % 9), 120 - 5 * (i % 7))).save(folder / "images" / name)
+            size = 90 + 7 * (i % 9), 120 - 5 * (i % 7)
+            noise(rng, 5, 4).resize(size).save(folder / "images" / name)
             listing[name] = 3 * (i % 5) + 1
         (folder / f"{part}.json").write_text(json.dumps(listing))
     return tmp_path
