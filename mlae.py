@@ -109,12 +109,20 @@ class MLAELinear(nn.Linear):
 
         kwargs as for the class. The experts of a float16 or bfloat16 layer are float32 unless
         `dtype` says otherwise: AdamW's steps are too small for half precision. Raises ValueError
-        for a layer with experts and for the out_proj of nn.MultiheadAttention.
+        for a layer with experts, for the out_proj of nn.MultiheadAttention, and for one that does
+        more than a linear layer, or is of complex numbers.
         """
         if hasattr(linear, "lora_A"):
             raise ValueError("the layer has experts already; merge them first with to_linear()")
         if isinstance(linear, NonDynamicallyQuantizableLinear):
             raise ValueError("nn.MultiheadAttention never calls its out_proj: it cannot be adapted")
+        more = {"a forward of its own": type(linear).forward is not nn.Linear.forward}
+        more["hooks"] = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
+        more["a parametrization"] = hasattr(linear, "parametrizations")
+        more["complex numbers"] = linear.weight.is_complex()
+        for what, has in more.items():
+            if has:
+                raise ValueError(f"the {type(linear).__name__} has {what}: it cannot be adapted")
         kwargs.setdefault("dtype", torch.promote_types(linear.weight.dtype, torch.float32))
         # on meta: no memory for a weight that is replaced at once
         kwargs |= {"device": "meta", "_factors_on": linear.weight.device}
@@ -211,14 +219,18 @@ class _FoldedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, c, dtype):
         folded = _fold(weight, A, B, c).to(dtype)  # (out, in)
+        ctx.cast = x.dtype != dtype
         x = x.to(dtype)  # (..., in)
-        ctx.save_for_backward(x, folded, A, B, c)
+        ctx.save_for_backward(x, weight, folded, A, B, c)
         return F.linear(x, folded, None if bias is None else bias.to(dtype))  # (..., out)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        x, folded, A, B, c = ctx.saved_tensors
+        x, weight, folded, A, B, c = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if ctx.cast:
+                raise RuntimeError("no second derivatives under autocast; two_branch has them")
+            folded = _fold(weight, A, B, c).to(g.dtype)  # again, for second derivatives to see it
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         dx = g @ folded if need_x else None  # (..., in)
         g = g.reshape(-1, g.shape[-1])  # (N, out)

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import pickle
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -385,3 +386,49 @@ def test_the_layers_of_transformers_as_in_readme():
         layer.attention.q_proj = MLAELinear.from_linear(layer.attention.q_proj)
     model(torch.randn(2, 3, 32, 32), labels=torch.tensor([0, 1])).loss.backward()
     assert all(layer.attention.q_proj.lora_B.grad.any() for layer in model.vit.layers)
+
+
+def test_second_derivatives_are_those_of_the_definition():
+    layer = MLAELinear(4, 5, rank=3, dtype=torch.float64).eval()
+    nn.init.normal_(layer.lora_B)
+    values = dict(layer.named_parameters())
+    names = [name for name, parameter in values.items() if parameter.requires_grad]
+    inputs = torch.randn(2, 4, dtype=torch.float64), *(values[name].detach() for name in names)
+
+    direction = tuple(map(torch.randn_like, inputs))
+
+    def derivatives(compute):
+        def loss(x, *parameters):
+            own = dict(zip(names, parameters, strict=True))
+            with nn.utils.stateless._reparametrize_module(layer, own):
+                return (compute(x) ** 3).sum()
+
+        rows = torch.autograd.functional.hessian(loss, inputs)
+        product = torch.autograd.functional.hvp(loss, inputs, direction)[1]
+        along = torch.autograd.functional.jvp(loss, inputs, direction)[1]
+        return [*sum(rows, ()), *product, along]
+
+    found = derivatives(layer.forward), derivatives(layer.two_branch)
+    assert all(map(partial(torch.allclose, atol=1e-11), *found))
+    assert max(block.abs().max() for block in found[0]) > 1
+
+
+def test_an_input_gradient_penalty_under_autocast_is_refused():
+    layer, x = MLAELinear(4, 5), torch.randn(2, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(y.float().sum(), x, create_graph=True)
+
+
+def test_a_layer_that_is_more_than_linear_is_refused():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    hooked = nn.Linear(4, 5)
+    hooked.register_forward_hook(lambda *_: None)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+    for layer in (Scaled(4, 5), hooked, normed, nn.Linear(4, 5, dtype=torch.cfloat)):
+        with pytest.raises(ValueError, match="cannot be adapted"):
+            MLAELinear.from_linear(layer)
