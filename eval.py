@@ -18,6 +18,7 @@ import argparse
 import copy
 import csv
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -34,16 +35,69 @@ import data
 import model as models
 import runs
 from data import DataError, Images
-from export import AGREE, check_place, export
+from export import AGREE, check_new, check_place, export, new_file
 from methods import METHODS, mlae_layers
 from mlae import MLAELinear
 from model import ModelError, merge
-from runs import COUNT, DEVICES, WHOLE, RunError, check_new, new_file, read_config, read_json
+from runs import COUNT, DEVICES, WHOLE, RunError, read_json
 
 BINS = 15  # of the calibration error
 
 
 # --- a run and its images -------------------------------------------------------------------------
+def read_config(folder: str | Path) -> dict:
+    """A run's config.json, its arguments as a Namespace in which nothing is left open: train.py's own
+    parser reads them again. A flag that is not there, or null, takes its default; a method of one's
+    own may have settings without a flag. Raises RunError if there is no such file, or today's code
+    does not know its task, method or a value."""
+    path = Path(folder, "config.json")
+    if not path.exists():
+        raise RunError(f"{folder} is not a run of train.py: there is no file {path}")
+    config, parser, words = read_json(path), runs.train_parser(), []
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    parser.error = refuse
+    with runs.reading(path):
+        saved = config["arguments"]
+        saved["dataset"]  # a default would be another run
+        row = models.find_method(saved["method"])
+        flags = {action.dest: action.option_strings[-1] for action in parser._actions}
+        flagless = {name: saved[name] for name in saved.keys() & row.settings.keys() - flags.keys()}
+        for name in saved.keys() - flagless.keys():
+            value, flag = saved[name], flags.get(name, f"--{name}")
+            if isinstance(value, dict):
+                words += [flag, *(f"{target}={p}" for target, p in value.items())]
+            elif isinstance(value, list):
+                words += [flag, *map(str, value)]
+            elif value is True:
+                words.append(flag)
+            elif value is not None and value is not False:
+                words.append(f"{flag}={value}")
+        args = config["arguments"] = parser.parse_args(words, argparse.Namespace(**flagless))
+        if config["amp"] not in runs.AMP[1:] or not isinstance(config["weights"]["tag"], str):
+            raise ValueError("its amp or weights are unknown here")
+        names, recipe = config.setdefault("class_names", None), data.FOLDER_RECIPE
+        # a folder of one's own, which need not be here, has the names of its classes there
+        if not names or args.dataset in data.TASKS:
+            recipe = data.find_task(args.dataset).recipe
+        runs.fill_in(args, recipe, row.settings, {"targets": list(row.targets)})
+        args.img_size = args.img_size or models.input_size(args.model)
+        config.setdefault("source", "auto")
+    return config
+
+
+def point_to(config: dict, data_dir: str | None) -> None:
+    """Have a run's arguments find its data where they are now, and read what was read then."""
+    run = config["arguments"]
+    if os.path.isabs(run.dataset):  # a folder of one's own, which may have moved
+        run.dataset = os.path.abspath(data_dir or run.dataset)
+    run.data_dir = data_dir or run.data_dir
+    if config["source"] in data.SOURCES:
+        run.source = config["source"]  # whatever else is there now
+
+
 def load_run(folder: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, dict]:
     """(model, config) of a run: its trained model on the CPU, in eval mode, and its config.json.
     `checkpoint` says where the backbone's file is now. Raises RunError or ModelError for what is
@@ -435,7 +489,7 @@ def main(argv: list[str] | None = None) -> None:
             check_place(args.export[0], Path(args.export[1]))
         with nullcontext() if args.download else offline():
             model, config = load_run(args.run, args.checkpoint)
-            runs.point_to(config, args.data_dir)
+            point_to(config, args.data_dir)
             model.to(device)
             if args.export:
                 export_run(args, model, config)

@@ -16,9 +16,10 @@ import io
 import json
 import logging
 import os
+import tempfile
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,9 +33,34 @@ from data import Images, create_normalizer, mean_and_std
 from methods import METHODS, adapters
 from mlae import MLAELinear
 from model import NANO, ModelError, architecture, create_backbone, few, first_line, heads, merge
-from runs import RunError, check_new, new_file, write_json
+from runs import RunError, write_json
 
 AGREE = 1e-4  # largest difference of a logit, over the largest logit if that is above 1
+
+
+def check_new(path: Path, flag: str, ending: str = "") -> None:
+    """Raise RunError, naming the flag, unless a file or folder `path` can be made: its name has
+    this ending, it is not there yet, and its folder is."""
+    if not path.name.lower().endswith(ending):
+        raise RunError(f"{flag} {path}: the name must end in {ending}")
+    if os.path.lexists(path):
+        raise RunError(f"{flag} {path}: it exists already; remove it or take another name")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise RunError(f"{flag} {path}: cannot write to {path.parent}")
+
+
+@contextmanager
+def new_file(path: Path, flag: str) -> Iterator[Path]:
+    """A draft, in a folder of its own, of a file or folder that is not there yet. It goes to its
+    place when it is written, or vanishes if it cannot be: RunError then."""
+    check_new(path, flag)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".draft-") as folder:
+            draft = Path(folder, path.name)
+            yield draft
+            os.rename(draft, path)
+    except OSError as error:
+        raise RunError(f"{flag} {path}: cannot write it: {error.strerror or error}") from error
 
 
 # to_*(model, path, x (B, 3, S, S), run) writes a file or folder and loads it back from there alone:

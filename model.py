@@ -18,8 +18,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import timm
@@ -71,22 +71,17 @@ def create(
     targets: Sequence[str] | None = None,
     **settings,
 ) -> nn.Module:
-    """A timm model with a new head, in which only what `method` trains requires a gradient.
+    """A timm model with a new head, in which only what `method`, a key of METHODS, trains requires a
+    gradient.
 
-    Args:
-        name: a timm model with its tag, or `vit_nano`, the demo's backbone.
-        method: a key of METHODS.
-        pretrained, checkpoint, img_size, drop_path: as for `create_backbone`.
-        targets: the layers to adapt, as for `inject`; None: the method's own.
-        settings: rank, mask_prob, masking, pattern, schedule, coef_init and so on. A method takes
-            those in its row and ignores what belongs to other methods.
-
+    `pretrained`, `checkpoint`, `img_size` and `drop_path` are as for `create_backbone`, `targets` as
+    for `inject` (None: the method's own). `settings` are rank, mask_prob, masking, pattern,
+    schedule, coef_init and so on: a method takes those in its row and ignores those of others.
     Raises ModelError for what cannot be made, TypeError for a setting that no method has.
     """
     row = find_method(method)
-    size = {"img_size": img_size, "drop_path": drop_path}
-    weights = {"pretrained": pretrained, "checkpoint": checkpoint}
-    model = create_backbone(name, num_classes, **weights, **size)
+    words = {"pretrained": pretrained, "checkpoint": checkpoint, "img_size": img_size}
+    model = create_backbone(name, num_classes, drop_path=drop_path, **words)
     inject(model, targets or row.targets, method=method, **settings)
     return model
 
@@ -106,10 +101,8 @@ def find_method(name: str) -> Method:
 
 
 def input_size(name: str) -> int:
-    """Side in pixels of the square images that a timm model takes by default.
-
-    Raises ModelError for a name that timm does not know, with the nearest ones.
-    """
+    """Side in pixels of the square images that a timm model takes by default. Raises ModelError for
+    a name that timm does not know, with the nearest ones."""
     if name == "vit_nano":
         return NANO["img_size"]
     stem = name.split(".")[0]
@@ -126,30 +119,23 @@ def input_size(name: str) -> int:
 
 
 def create_backbone(
-    name: str,
-    num_classes: int,
-    *,
-    pretrained: bool = True,
-    checkpoint: str | os.PathLike | None = None,
-    img_size: int | None = None,
-    drop_path: float = 0.0,
+    name: str, num_classes: int, *, pretrained=True, checkpoint=None, img_size=None, drop_path=0.0
 ) -> nn.Module:
-    """A timm model, or `vit_nano`, with a new head; every parameter requires a gradient.
+    """A timm model of that name and tag, or `vit_nano`, the demo's backbone, with a new head; every
+    parameter requires a gradient.
 
     `checkpoint` is a local `.safetensors`, `.pth` (weights only) or Google `.npz` file; without
     one timm downloads the weights if `pretrained`. Position grids are resampled to `img_size`
     pixels. Raises ModelError for what cannot be made.
     """
     input_size(name)  # raises for a name that timm does not know
-    timm_name, arguments = name, {"num_classes": num_classes}
+    timm_name, arguments = name, {"num_classes": num_classes}  # timm passes over what is None
     if name == "vit_nano":
         timm_name = "vit_tiny_patch16_224"
         arguments |= NANO | {"pretrained_cfg_overlay": NANO_CFG}
+        img_size = img_size or NANO["img_size"]
         checkpoint = checkpoint or (NANO_FILE if pretrained else None)
-    if img_size:
-        arguments["img_size"] = img_size
-    if drop_path:
-        arguments["drop_path_rate"] = drop_path
+    arguments |= {"img_size": img_size, "drop_path_rate": drop_path or None}
     download = pretrained and not checkpoint
     if download:  # behind a silent network the hub tries for a minute
         print(f"{name}: downloading its weights, unless they are here already", flush=True)
@@ -168,7 +154,7 @@ def create_backbone(
         made = f"{name} ({img_size=}, {drop_path=})"
         raise ModelError(f"timm cannot make {made}: {reason}") from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
-    side = patch if isinstance(patch, int) else patch[0]
+    side = timm.layers.to_2tuple(patch)[0]
     if img_size and img_size % side:
         raise ModelError(f"img_size {img_size} is not a multiple of {name}'s patch size {side}")
     if checkpoint:
@@ -177,11 +163,9 @@ def create_backbone(
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
-    """Load a local file's backbone, not its head, into a timm model.
-
-    Timm's own filter renames the keys and resamples position grids and patch embeddings.
-    Raises ModelError if a tensor is missing, left over or of another shape.
-    """
+    """Load a local file's backbone, not its head, into a timm model. Timm's own filter renames the
+    keys and resamples position grids and patch embeddings. Raises ModelError if a tensor is
+    missing, left over or of another shape."""
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"no checkpoint file {path}")
@@ -205,29 +189,22 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
 
 # --- inject ---------------------------------------------------------------------------------------
 def inject(
-    model: nn.Module,
-    targets: Sequence[str] = ("attn.qkv",),
-    *,
-    method: str = MAIN,
-    head: str | Sequence[str] | None = None,
-    **settings,
+    model: nn.Module, targets: Sequence[str] = ("attn.qkv",), *, method=MAIN, head=None, **settings
 ) -> list[str]:
     """Replace linear layers of `model` by the method's, in place; freeze what does not train.
+    Returns the paths of the replaced layers.
 
-    Args:
-        targets: ends of module paths: "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"; "attn.q",
-            "attn.k" and "attn.v" mean those rows of a fused "attn.qkv". The head and the patch
-            embedding are never targets.
-        head: the path of the classifier, or several, which train too; () for none. None asks
-            timm's `get_classifier`, which other libraries' models do not have.
-        settings: as for `create`. `masking` is "stochastic" (a new mask every step), "fixed" (drawn
-            here, once, from torch's generator) or "mixed" (both); `pattern` spreads the masking
-            probability over the layers in their order, see `mlae.mask_rates`.
+    `targets` are ends of module paths: "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"; "attn.q",
+    "attn.k" and "attn.v" mean those rows of a fused "attn.qkv". The head and the patch embedding
+    are never targets. `head` is the path of the classifier, or several, which train too; () for
+    none. None asks timm's `get_classifier`, which other libraries' models do not have. `settings`
+    are as for `create`. `masking` is "stochastic" (a new mask every step), "fixed" (drawn here,
+    once, from torch's generator) or "mixed" (both); `pattern` spreads the masking probability over
+    the layers in their order, see `mlae.mask_rates`.
 
-    Returns the paths of the replaced layers. Raises ModelError, the model untouched, for a target
-    that matches nothing (listing what there is), a head that is not known, a weight that two layers
-    share, a model injected already, a bad setting; and, after the swap, for a layer whose parent
-    reads its weight instead of calling it.
+    Raises ModelError, the model untouched, for a target that matches nothing (listing what there
+    is), a head that is not known, a weight that two layers share, a model injected already, a bad
+    setting; and, after the swap, for a layer whose parent reads its weight instead of calling it.
     """
     row, name = find_method(method), architecture(model)
     if adapters(model):
@@ -267,7 +244,20 @@ def inject(
         model.set_submodule(path, layer)
     for path in thawed:
         model.get_parameter(path).requires_grad_(True)
-    silent = uncalled(model, layers)
+    if not layers or not hasattr(model, "pretrained_cfg"):
+        return list(layers)
+
+    # --- does a forward pass call them? BEiT's and Swin v2's attention read qkv.weight instead ---
+    called, patch_embed = set(), getattr(model, "patch_embed", None)
+    size = getattr(patch_embed, "img_size", None) or model.pretrained_cfg["input_size"][-2:]
+    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
+        for layer in layers.values():
+            hooks.enter_context(layer.register_forward_hook(lambda layer, *_: called.add(layer)))
+        try:
+            model(next(model.parameters()).new_zeros(1, 3, *size))  # a black image
+        except (RuntimeError, AssertionError):  # made for another size, or not for RGB
+            called.update(layers.values())
+    silent = [path for path, layer in layers.items() if layer not in called]
     if silent:
         raise ModelError(f"{name} reads the weight of {few(silent)} without a call")
     return list(layers)
@@ -283,21 +273,16 @@ def freeze(model: nn.Module) -> None:
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The plain linear layers that can be adapted, by path: neither head nor patch embedding."""
     head = tuple(f"{name}." for name in heads(model))
-    found = {}
-    for name, module in model.named_modules():
-        barred = f"{name}.".startswith(head) or "patch_embed" in name
-        if type(module) is nn.Linear and not barred:
-            found[name] = module
-    return found
+    linears = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
+    barred = [name for name in linears if f"{name}.".startswith(head) or "patch_embed" in name]
+    return {name: layer for name, layer in linears.items() if name not in barred}
 
 
 def find_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, list[int] | None]:
     """Path -> output rows (None: all) of the linear layers whose path ends in one of the targets.
-
     "attn.q", "attn.k" and "attn.v" also mean those rows of a fused "attn.qkv", and CaiT has both.
     Raises ModelError for a target without a layer, listing the ends that there are, for rows that
-    are not to be told apart, and for a tied weight.
-    """
+    are not to be told apart, and for a tied weight."""
     linears, architecture_name = linear_layers(model), architecture(model)
     chosen: dict[str, set[int]] = {}
     for target in targets:
@@ -335,30 +320,6 @@ def find_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, list[int]
     return found
 
 
-def uncalled(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
-    """The paths of those layers that a forward pass of a timm model does not call.
-
-    BEiT's and Swin v2's attention use `self.qkv.weight` instead. Empty if the model is not timm's,
-    or is built for another size or number of channels than it says: there is no way to look.
-    """
-    if not layers or not hasattr(model, "pretrained_cfg"):
-        return []
-    called, hooks = set(), []
-    for layer in layers.values():
-        hooks.append(layer.register_forward_hook(lambda layer, *_: called.add(layer)))
-    patch_embed = getattr(model, "patch_embed", None)
-    size = getattr(patch_embed, "img_size", None) or model.pretrained_cfg["input_size"][-2:]
-    try:
-        with eval_mode(model), torch.no_grad():
-            model(next(model.parameters()).new_zeros(1, 3, *size))  # a black image
-    except (RuntimeError, AssertionError):
-        return []
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [name for name, layer in layers.items() if layer not in called]
-
-
 def heads(model: nn.Module) -> dict[str, nn.Module]:
     """The classifier by path: timm's (two in a distilled DeiT), or what `model.head_paths` says."""
     if hasattr(model, "head_paths"):
@@ -385,11 +346,9 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return {name: sum(p.numel() for p in part) for name, part in parts.items()}
 
 
-def parameter_groups(
-    model: nn.Module, weight_decay: float, factor: Callable[[str], float] = lambda name: 1.0
-) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, factor=lambda name: 1.0) -> list[dict]:
     """What trains: matrices with weight decay; vectors, and what timm exempts, without. `factor`
-    is a parameter's learning rate over that of the rest."""
+    gives a parameter's learning rate, by its name, over that of the rest."""
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     groups: dict[tuple, list] = {(weight_decay, 1.0): [], (0.0, 1.0): []}
     for name, parameter in model.named_parameters():
@@ -424,10 +383,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Keep no activations inside the blocks, compute them again in the backward pass.
-
-    Raises ModelError if timm cannot do that for this model.
-    """
+    """Keep no activations inside the blocks, compute them again in the backward pass; ModelError if
+    timm cannot do that for this model."""
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):
@@ -435,10 +392,8 @@ def recompute_blocks(model: nn.Module) -> None:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Raise ModelError if, after a backward pass, a parameter that trains has no gradient.
-
-    A whole model may have parameters that it does not use; an adapter or a head may not.
-    """
+    """Raise ModelError if, after a backward pass, a parameter that trains has no gradient. A whole
+    model may have parameters that it does not use; an adapter or a head may not."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     silent = [name for name, parameter in trained.items() if parameter.grad is None]
     if silent and len(trained) < len(list(model.parameters())):
@@ -460,10 +415,8 @@ def adapter_size(method: str, sizes: dict[str, tuple[int, int]], **settings) -> 
 
 
 def nearest_rank(method: str, sizes: dict[str, tuple], budget: int, **settings) -> int:
-    """The rank at which `adapter_size` comes nearest to a number of parameters.
-
-    Raises ValueError for a method that has no rank, or no layers.
-    """
+    """The rank at which `adapter_size` comes nearest to a number of parameters. Raises ValueError
+    for a method that has no rank, or no layers."""
     if "rank" not in METHODS[method].settings or not sizes:
         raise ValueError(f"{method} has no rank to choose")
     off = {}  # rank -> how far it is from the budget
@@ -479,10 +432,8 @@ def nearest_rank(method: str, sizes: dict[str, tuple], budget: int, **settings) 
 
 
 def rank_within(args: argparse.Namespace) -> int:
-    """The rank at which a run's adapters come nearest to args.budget parameters, head not counted.
-
-    Raises ModelError for a method without a rank.
-    """
+    """The rank at which a run's adapters come nearest to args.budget parameters, head not counted;
+    ModelError for a method without a rank."""
     plain = create_backbone(args.model, 1, pretrained=False, img_size=args.img_size)
     sizes = {}
     for name, rows in find_layers(plain, args.targets).items():
@@ -514,12 +465,8 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     if len(trained) == len(list(model.parameters())):
         return state
     own = tuple(f"{name}." for name in (*adapters(model), *heads(model)))
-    kept = {}
-    for key, value in state.items():
-        frozen_base = key.endswith((".weight", ".bias"))
-        if key in trained or (key.startswith(own) and not frozen_base):
-            kept[key] = value
-    return kept
+    kept = {key for key in state if key.startswith(own) and not key.endswith((".weight", ".bias"))}
+    return {key: value for key, value in state.items() if key in trained or key in kept}
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, config: dict) -> None:
@@ -530,12 +477,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, config: dict) -> Non
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> dict:
-    """Load an adapter into a model that `create` made with the same arguments.
-
-    Returns the file's config. Raises ModelError, the model untouched, if the file cannot be read,
-    is for another architecture, has unknown keys, lacks some, or has tensors of another shape
-    (another rank or number of classes).
-    """
+    """Load an adapter into a model that `create` made with the same arguments; returns the file's
+    config. Raises ModelError, the model untouched, if the file cannot be read, is for another
+    architecture, or does not fit (`load_strictly`): another rank or number of classes, say."""
     if not Path(path).is_file():
         raise ModelError(f"no adapter file {path}")
     try:
@@ -551,20 +495,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> dict:
     return json.loads(header.get("config", "{}"))
 
 
-def load_strictly(
-    model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor], file: str
-) -> None:
+def load_strictly(model: nn.Module, state: dict, own: dict, file: str) -> None:
     """Load `state` if its keys and shapes are exactly those of `own`, a part of the model's state.
-
     Raises ModelError, the model untouched, if they are not, or a value is not finite; `file` says
-    what was being read.
-    """
+    what was being read."""
+    other = [key for key in own if key in state and state[key].shape != own[key].shape]
     problems = {
         "has unknown": [key for key in state if key not in own],
         "lacks": [key for key in own if key not in state],
-        "has other shapes (rank, classes, size) in": [
-            key for key in own if key in state and state[key].shape != own[key].shape
-        ],
+        "has other shapes (rank, classes, size) in": other,
     }
     for problem, keys in problems.items():
         if keys:
@@ -585,13 +524,9 @@ def load_strictly(
     model.load_state_dict(state, strict=False)  # the rest of the model keeps its values
 
 
-def weights_of(
-    model: nn.Module, checkpoint: str | os.PathLike | None, pretrained: bool
-) -> dict[str, str]:
-    """Which weights a model was made with: {"tag": ...}, and {"sha256": ...} of a local file.
-
-    The tag is timm's full one, `<architecture>.<tag>`, or names the file; "random" if none.
-    """
+def weights_of(model: nn.Module, checkpoint: str | os.PathLike | None, pretrained: bool) -> dict:
+    """Which weights a model was made with: {"tag": ...}, and {"sha256": ...} of a local file. The tag
+    is timm's full one, `<architecture>.<tag>`, or names the file; "random" if none."""
     name = architecture(model)
     if name == "vit_nano" and pretrained and not checkpoint:
         checkpoint = NANO_FILE
@@ -603,10 +538,8 @@ def weights_of(
 
 def merge(model: nn.Module) -> nn.Module:
     """A copy of the model with every adapter merged into a plain nn.Linear; `model` is left alone.
-
     The result has timm's own keys, loads strictly into the plain timm model and costs what it
-    costs. Raises ModelError for a method whose update depends on the input.
-    """
+    costs. Raises ModelError for a method whose update depends on the input."""
     method = getattr(model, "method", None)
     if method in METHODS and not METHODS[method].mergeable:
         raise ModelError(f"{method} cannot be merged: its update depends on the input")

@@ -101,7 +101,7 @@ class Run:
         """The model on the device, and config.json."""
         with scoring.offline():
             model, config = scoring.load_run(self.folders[0], self.checkpoint)
-        runs.point_to(config, self.data_dir)
+        scoring.point_to(config, self.data_dir)
         return model.to(self.device), config
 
     @cached_property
@@ -198,7 +198,7 @@ def group(folders: list[Path], **places) -> list[Run]:
     """A Run for each configuration; RunError for what is not a run."""
     seeds, arguments = {}, {}  # of each configuration
     for folder in folders:
-        config = runs.read_config(folder)
+        config = scoring.read_config(folder)
         settings = dict(config["identity"])
         seed = settings.pop("seed")
         key = json.dumps(settings, sort_keys=True)

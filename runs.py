@@ -22,7 +22,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
@@ -45,22 +44,11 @@ from splits import printable, regular
 AMP = ["auto", "bf16", "fp16", "off"]
 DEVICES = ["auto", "cpu", "cuda", "mps"]
 LARGEST = 4096  # side of an image in pixels
-PLACE = (
-    "device",
-    "graph",
-    "workers",
-    "out",
-    "data_dir",
-    "resume",
-    "overwrite",
-)  # not what a run is
+PLACE = ("device", "graph", "workers", "out", "data_dir", "resume", "overwrite")  # where, not what
 ALWAYS = ("dataset", "method", "model", "epochs", "seed")  # in every identity, default or not
 SHORT = {"mask_prob": "p", "rank": "r", "lr": "lr"}  # shown in the folder's name if not default
 PADDING = -100  # the label of an image that only fills up a rank's part of a batch
-GOES_ON = {  # how an interrupted script goes on
-    "train.py": ": the same command with --resume goes on",
-    "suite.py": ": the same command goes on",
-}
+GOES_ON = {"train.py": " with --resume", "suite.py": ""}  # the same command goes on
 BY_DIGEST = {*PLACE, *data.FOLDER_FLAGS, "checkpoint", "dataset"}  # the identity has these or none
 OUT_OF_MEMORY = "out of memory: --grad-checkpoint needs less, or --accumulate 4, or --batch-size 32"
 NO_MEMORY = ("out of memory", "not enough memory", "DefaultCPUAllocator", "ALLOC_FAILED")
@@ -79,13 +67,10 @@ class Diverged(RunError):
     """Training ended in a loss that is not finite."""
 
 
-ERRORS = (data.DataError, models.ModelError, RunError)  # a user can mend; bugs keep their traceback
-
-
 def out_of_memory(error: Exception) -> bool:
     """Whether that is what an error says: torch has a class for it on CUDA alone."""
     told = isinstance(error, RuntimeError) and any(word in str(error) for word in NO_MEMORY)
-    return told or isinstance(error, MemoryError)
+    return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 @contextmanager
@@ -100,7 +85,7 @@ def one_line(script: str) -> Iterator[None]:
         yield
         sys.stdout.flush()
         return
-    except ERRORS as error:
+    except (data.DataError, models.ModelError, RunError) as error:  # a bug keeps its traceback
         message = str(error)
     except BrokenPipeError:  # the reader of the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try again, aloud, as it exits
@@ -112,7 +97,8 @@ def one_line(script: str) -> Iterator[None]:
             raise
         message = OUT_OF_MEMORY
     except KeyboardInterrupt:
-        print(f"interrupted{GOES_ON.get(script, '')}", file=sys.stderr)
+        hint = f": the same command{GOES_ON[script]} goes on" if script in GOES_ON else ""
+        print(f"interrupted{hint}", file=sys.stderr)
         sys.exit(130)
     finally:
         for number, earlier in before.items():
@@ -123,18 +109,19 @@ def one_line(script: str) -> Iterator[None]:
 
 
 # --- flags ----------------------------------------------------------------------------------------
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        if launched()[0] == 0:
-            print(f"{self.prog}: error: {printable(message)}", file=sys.stderr)
-        sys.exit(2)
-
-
 def new_parser(prog: str, manual: str | None = None) -> argparse.ArgumentParser:
     """A parser whose errors are one line, with the manual at the top of its --help."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else a line for every retry
-    raw = argparse.RawDescriptionHelpFormatter
-    return _Parser(prog, f"{prog} [flags]", manual, formatter_class=raw, allow_abbrev=False)
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog, f"{prog} [flags]", manual, **options)
+
+    def refuse(message: str) -> None:
+        if launched()[0] == 0:
+            print(f"{prog}: error: {printable(message)}", file=sys.stderr)
+        sys.exit(2)
+
+    parser.error = refuse
+    return parser
 
 
 def number(kind: type, low: float, high: float, expected: str) -> Callable:
@@ -189,9 +176,8 @@ class OneSetting(argparse.Action):
         for value in others:
             both = isinstance(setting, dict) and isinstance(value, dict)
             if not both or setting.keys() & value.keys():
-                raise argparse.ArgumentError(
-                    self, f"{ONE_SETTING}; suite.py takes several settings"
-                )
+                message = f"{ONE_SETTING}; suite.py takes several settings"
+                raise argparse.ArgumentError(self, message)
             setting = dict(sorted((setting | value).items()))
         setattr(namespace, self.dest, setting)
 
@@ -203,29 +189,23 @@ def shown(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def default_of(dest: str, options: dict) -> str:
-    """The default of a flag for its help, as in " (default: 8; snell, snella: 32)"."""
-    owners: dict[str, list[str]] = {}
-    for method, row in METHODS.items():
-        if dest in row.settings:
-            owners.setdefault(shown(row.settings[dest]), []).append(method)
-    usual, *others = owners or [options.get("default")]
-    words = [str(usual), *(f"{', '.join(owners[value])}: {value}" for value in others)]
-    return "" if usual is None else f" (default: {'; '.join(words)})"
-
-
 def add_flags(group: Callable[[str], Callable]) -> None:
-    """Every flag of a run; group(title) returns what adds a flag under that title.
-
-    The flags of a method and of a task are None here: `settle` fills in what their rows say.
-    """
+    """Every flag of a run; group(title) returns what adds a flag under that title. The flags of a
+    method and of a task are None here: `settle` fills in what their rows say."""
 
     def titled(title: str) -> Callable:
         add = group(title)
 
         def flag(name: str, words: str, **options) -> None:
             dest = options.get("dest", name[2:].replace("-", "_"))
-            add(name, help=words + default_of(dest, options), **options)
+            owners: dict = {}  # default -> methods
+            for method, row in METHODS.items():
+                if dest in row.settings:
+                    owners.setdefault(shown(row.settings[dest]), []).append(method)
+            usual, *others = owners or [options.get("default")]
+            defaults = [str(usual), *(f"{', '.join(owners[value])}: {value}" for value in others)]
+            words += "" if usual is None else f" (default: {'; '.join(defaults)})"
+            add(name, help=words, **options)
 
         return flag
 
@@ -316,10 +296,8 @@ def fill_in(args: argparse.Namespace, *defaults: dict) -> None:
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments of one run: those left out take what suits task, method and model.
-
-    Raises DataError, ModelError or RunError for values that do not go together.
-    """
+    """The arguments of one run: those left out take what suits task, method and model. Raises
+    DataError, ModelError or RunError for values that do not go together."""
     task, row = data.find_task(args.dataset), models.find_method(args.method)
     args = argparse.Namespace(**vars(args))
     args.dataset = task.argument
@@ -333,8 +311,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     args.img_size = args.img_size or models.input_size(args.model)
     if args.budget:
         args.rank, args.budget = models.rank_within(args), None  # the rank is what the run is
-    if args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs / 10
+    fill_in(args, {"warmup_epochs": args.epochs / 10})
     if not 0 <= args.warmup_epochs < args.epochs:
         raise RunError(f"--warmup-epochs {args.warmup_epochs:g} is not below --epochs, or below 0")
     return args
@@ -375,11 +352,8 @@ def run_folder(out: str | os.PathLike, own: dict) -> Path:
 # --- device ---------------------------------------------------------------------------------------
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA if there is one, else Apple's MPS, else the CPU; RunError for one not there."""
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available() and world_size() == 1,  # ranks cannot talk there
-        "cpu": True,
-    }
+    mps = torch.backends.mps.is_available() and world_size() == 1  # ranks cannot talk there
+    present = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
         name = next(kind for kind in present if present[kind])
     if not present[name]:
@@ -415,9 +389,8 @@ def provenance(device: torch.device) -> dict:
     commit (None outside a clone)."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    versions = {"python": platform.python_version()}
-    for package in (torch, torchvision, timm):
-        versions[package.__name__] = package.__version__
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"torchvision": torchvision.__version__, "timm": timm.__version__}
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
@@ -491,39 +464,11 @@ def write_csv(path: Path, head: list, rows: list) -> None:
         csv.writer(file).writerows([head, *rows])
 
 
-def check_new(path: Path, flag: str, ending: str = "") -> None:
-    """Raise RunError, naming the flag, unless a file or folder `path` can be made: its name has
-    this ending, it is not there yet, and its folder is."""
-    if not path.name.lower().endswith(ending):
-        raise RunError(f"{flag} {path}: the name must end in {ending}")
-    if os.path.lexists(path):
-        raise RunError(f"{flag} {path}: it exists already; remove it or take another name")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise RunError(f"{flag} {path}: cannot write to {path.parent}")
-
-
-@contextmanager
-def new_file(path: Path, flag: str) -> Iterator[Path]:
-    """A draft, in a folder of its own, of a file or folder that is not there yet. It goes to its
-    place when it is written, or vanishes if it cannot be: RunError then."""
-    check_new(path, flag)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".draft-") as folder:
-            draft = Path(folder, path.name)
-            yield draft
-            os.rename(draft, path)
-    except OSError as error:
-        raise RunError(f"{flag} {path}: cannot write it: {error.strerror or error}") from error
-
-
 @contextmanager
 def lock(path: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold a lock file inside, for no longer than this process lives. A folder that was made for it
-    goes again if nothing came into it.
-
-    Raises Busy if another process holds it for more than `patience` seconds, RunError if there can
-    be no such file.
-    """
+    goes again if nothing came into it. Raises Busy if another process holds it for more than
+    `patience` seconds, RunError if there can be no such file."""
     made = [folder for folder in path.parents if not folder.exists()]
     held = FileLock(path)
     try:
@@ -550,74 +495,9 @@ def claim(folder: Path):
     return lock(folder / "lock") if process_rank() == 0 else nullcontext()
 
 
-# --- runs that have ended -------------------------------------------------------------------------
-def parse_again(saved: dict) -> argparse.Namespace:
-    """The arguments in a config.json, which train.py's own parser reads again. A flag that is not
-    there, or null, takes its default; a method of one's own may have settings without a flag.
-    ValueError for what the parser refuses."""
-    parser, words = train_parser(), []
-
-    def refuse(message: str) -> None:
-        raise ValueError(message)
-
-    parser.error = refuse
-    flags = {action.dest: action.option_strings[-1] for action in parser._actions}
-    row = models.find_method(saved.get("method", MAIN))
-    flagless = {name: saved[name] for name in saved.keys() & row.settings.keys() - flags.keys()}
-    for name in saved.keys() - flagless.keys():
-        value, flag = saved[name], flags.get(name, f"--{name}")
-        if isinstance(value, dict):
-            words += [flag, *(f"{target}={p}" for target, p in value.items())]
-        elif isinstance(value, list):
-            words += [flag, *map(str, value)]
-        elif value is True:
-            words.append(flag)
-        elif value is not None and value is not False:
-            words.append(f"{flag}={value}")
-    return parser.parse_args(words, argparse.Namespace(**flagless))
-
-
-def read_config(folder: str | Path) -> dict:
-    """A run's config.json, its arguments as a Namespace in which nothing is left open.
-
-    Raises RunError if there is none, or today's code does not know its task, method or a value.
-    """
-    path = Path(folder, "config.json")
-    if not path.exists():
-        raise RunError(f"{folder} is not a run of train.py: there is no file {path}")
-    config = read_json(path)
-    with reading(path):
-        saved = config["arguments"]
-        saved["dataset"], saved["method"]  # a default would be another run
-        args = config["arguments"] = parse_again(saved)
-        if config["amp"] not in AMP[1:] or not isinstance(config["weights"]["tag"], str):
-            raise ValueError("its amp or weights are unknown here")
-        row, recipe = models.find_method(args.method), data.FOLDER_RECIPE
-        names = config.setdefault("class_names", None)
-        # a folder of one's own, which need not be here, has the names of its classes there
-        if not names or args.dataset in data.TASKS:
-            recipe = data.find_task(args.dataset).recipe
-        fill_in(args, recipe, row.settings, {"targets": list(row.targets)})
-        args.img_size = args.img_size or models.input_size(args.model)
-        config.setdefault("source", "auto")
-    return config
-
-
-def point_to(config: dict, data_dir: str | None) -> None:
-    """Have a run's arguments find its data where they are now, and read what was read then."""
-    run = config["arguments"]
-    if os.path.isabs(run.dataset):  # a folder of one's own, which may have moved
-        run.dataset = os.path.abspath(data_dir or run.dataset)
-    run.data_dir = data_dir or run.data_dir
-    if config["source"] in data.SOURCES:
-        run.source = config["source"]  # whatever else is there now
-
-
 # --- processes that share a run -------------------------------------------------------------------
 # Ranks draw the same masks, as they start from the same seed and draw equally often. The first rank
 # alone prints, scores and writes.
-
-
 def launched() -> tuple[int, int]:
     """(rank, number of ranks) as torchrun tells its processes; (0, 1) without it."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -636,11 +516,8 @@ def process_rank() -> int:
 
 @contextmanager
 def joined(device: str, batch_size: int) -> Iterator[None]:
-    """Inside, the processes that torchrun has started are the ranks of one run. Nothing changes
-    without torchrun. `device` is a name in DEVICES. Ranks but the first print nothing.
-
-    Raises RunError if the batch cannot be shared.
-    """
+    """Inside, the processes that torchrun has started are the ranks of one run, of which the first
+    alone prints. Nothing changes without torchrun. RunError if the batch cannot be shared."""
     number, count = launched()
     if count == 1:
         yield
@@ -677,11 +554,9 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 def rank_batches(images, order: Tensor, batch_size: int, workers: int, seed: str) -> Iterator:
     """The batches of `images.epoch`, or this rank's part of each, x (B / ranks, 3, S, S) and labels
-    (B / ranks,), and how many images all ranks have in this batch.
-
-    The parts of all ranks are of one size, so that they draw equally often. What the last batch
-    lacks for that is filled up with an image whose label is PADDING.
-    """
+    (B / ranks,), and how many images all ranks have in this batch. The parts of all ranks are of
+    one size, so that they draw equally often. What the last batch lacks for that is filled up with
+    an image whose label is PADDING."""
     rank, ranks, left = process_rank(), world_size(), len(order)
     filled = torch.cat([order, order[:1].expand(-len(order) % ranks)])  # (N + lacking,)
     for x, y in images.epoch(filled[rank::ranks], batch_size // ranks, workers, seed):

@@ -119,39 +119,21 @@ def can_be_captured(model: nn.Module, method: Method, args: argparse.Namespace, 
     return on_cuda and method.capturable and not again
 
 
-def report(metrics: dict) -> dict:
-    """Print a line for people; returns what it was given."""
-    split = "test" if "test_top1" in metrics else "val"
-    top1 = metrics[f"{split}_top1"]
-    print(f"{split} top-1 {top1:.2f} % ({metrics['images']} images), run {metrics['run']}")
-    return metrics
-
-
 def save_state(path: Path, weights: dict, optimizer, scaler, digest: str, progress: dict) -> None:
-    """All that `restore` needs to go on as if nothing had happened; whole or not at all.
-
-    `weights` are the tensors that train, `digest` is the training images', `progress` what
-    `restore` returns.
-    """
+    """All that `restore` needs to go on as if nothing had happened; whole or not at all. `weights`
+    are the tensors that train, `digest` is the training images', `progress` what it returns."""
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-    state = {
-        "weights": weights,
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
-        "digest": digest,
-        "progress": progress,
-    }
+    state = {"weights": weights, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    state["rng"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+    state |= {"digest": digest, "progress": progress}
     with runs.write_atomically(path) as draft, open(draft, "wb") as file:
         torch.save(state, file)
 
 
 def restore(path: Path, model: nn.Module, optimizer, scaler, digest: str) -> dict:
-    """Load what `save_state` wrote, if it is there, and return the progress.
-
-    {"epoch": epochs done, "rows": of the log, "seconds": of training}, all nothing if there is no
-    state or its training images are not these. Raises RunError for a file that cannot be read.
-    """
+    """Load what `save_state` wrote, if it is there, and return the progress, {"epoch": epochs done,
+    "rows": of the log, "seconds": of training}; all nothing if there is no state or its training
+    images are not these. Raises RunError for a file that cannot be read."""
     nothing = {"epoch": 0, "rows": [], "seconds": 0.0}
     if not broadcast(path.exists()):
         return nothing
@@ -182,25 +164,24 @@ def restore(path: Path, model: nn.Module, optimizer, scaler, digest: str) -> dic
 
 
 def run(args: argparse.Namespace, load: Callable = load_data) -> dict:
-    """One run, from settled arguments to files; returns what `metrics.json` holds.
-
-    `load` gives (training images, scored images) of the arguments. Raises Busy if another process
-    is at it.
-    """
+    """One run, from settled arguments to files; returns what `metrics.json` holds. `load` gives
+    (training images, scored images) of the arguments. Raises Busy if another process is at it."""
     # the same settings and the same checkpoint give the same folder
     own = runs.identity(args, runs.usual(args)) | METHODS[args.method].signature()
     folder = runs.run_folder(args.out, own)
-    before = broadcast(finished(folder, args))
-    if before and before["official"]:
-        return report(before)
-    with runs.claim(folder):
-        before = before or broadcast(finished(folder, args))  # another process, a moment ago
-        return train_and_score(args, folder, own, before, load)
+    metrics = broadcast(finished(folder, args))
+    if not metrics or not metrics["official"]:
+        with runs.claim(folder):
+            metrics = metrics or broadcast(finished(folder, args))  # another process, a moment ago
+            metrics = train_and_score(args, folder, own, metrics, load)
+    if process_rank() == 0:
+        split = "test" if "test_top1" in metrics else "val"
+        scored = f"{metrics[f'{split}_top1']:.2f} % ({metrics['images']} images)"
+        print(f"{split} top-1 {scored}, run {metrics['run']}")
+    return metrics
 
 
-def train_and_score(
-    args: argparse.Namespace, folder: Path, own: dict, before: dict | None, load: Callable
-) -> dict:
+def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Callable) -> dict:
     """A run in a folder that is claimed; `before` is its result, right if of the same images."""
     method, state = METHODS[args.method], folder / "state.pt"
     if state.exists() and args.resume is False and not args.overwrite:  # None: go on if possible
@@ -220,7 +201,7 @@ def train_and_score(
     if process_rank():
         train, test = load(args)
     if before and before["digest"] == test.digest():  # a subset may have grown since
-        return report(before)
+        return before
     if train.source == "embedded" and args.data_dir != str(Path("data").absolute()):
         hint = "--data-dir is not read; name what to train on with --dataset"
         print(f"note: --dataset {args.dataset} is in this repository, {hint}", file=sys.stderr)
@@ -279,13 +260,8 @@ def train_and_score(
         for images, labels in zip(x.chunk(args.accumulate), y.chunk(args.accumulate), strict=True):
             with runs.autocast(device, amp):
                 logits = net(normalize(images))  # (B / accumulate, classes)
-            loss = F.cross_entropy(
-                logits.float(),
-                labels,
-                reduction="sum",
-                ignore_index=PADDING,
-                label_smoothing=args.label_smoothing,
-            )
+            options = {"ignore_index": PADDING, "label_smoothing": args.label_smoothing}
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum", **options)
             loss_sum.add_(loss.detach())
             correct.add_((logits.detach().argmax(1) == labels).sum())
             loss = loss / size * world_size()  # whose gradients' mean is taken
@@ -338,7 +314,7 @@ def train_and_score(
             raise Diverged(f"{where}: lower --lr {args.lr:g}")
         done = {"epoch": epoch + 1, "rows": [*done["rows"], row], "seconds": row["seconds"]}
         if process_rank() == 0:
-            lines = [[f"{value:.7g}" for value in row.values()] for row in done["rows"]]
+            lines = [map("{:.7g}".format, row.values()) for row in done["rows"]]
             runs.write_csv(folder / "log.csv", list(row), lines)
             save_state(state, models.adapter_state(model), optimizer, scaler, digest, done)
         if bar.disable:  # no terminal
@@ -358,27 +334,17 @@ def train_and_score(
     # --- the one evaluation, with the last weights ---
     scores = evaluate(model, test, normalize, amp=amp, workers=args.workers)
     split = "val" if args.val else "test"
-    metrics = {
-        "dataset": own["dataset"],
-        "method": args.method,
-        "model": weights["tag"],
-        "seed": args.seed,
-        **{f"{split}_{name}": value for name, value in scores.items()},
-        "data": test.description,
-        "official": train.official and test.official,
-        "digest": test.digest(),
-        "digests": test.digests,
-        "trainable_parameters": counts["trainable"],
-        "head_parameters": counts["head"],
-        "train_seconds": round(done["seconds"], 1),
-        "images": len(test),
-        "left_out": test.left_out,
-        "peak_memory_mb": runs.peak_memory_mb(device),
-        "run": str(folder),
-    }
+    metrics = {"dataset": own["dataset"], "method": args.method, "model": weights["tag"]}
+    metrics |= {"seed": args.seed} | {f"{split}_{name}": value for name, value in scores.items()}
+    metrics |= {"data": test.description, "official": train.official and test.official}
+    metrics |= {"digest": test.digest(), "digests": test.digests}
+    metrics |= {"trainable_parameters": counts["trainable"], "head_parameters": counts["head"]}
+    metrics |= {"train_seconds": round(done["seconds"], 1), "images": len(test)}
+    metrics |= {"left_out": test.left_out, "peak_memory_mb": runs.peak_memory_mb(device)}
+    metrics["run"] = str(folder)
     runs.write_json(folder / "metrics.json", metrics)
     state.unlink(missing_ok=True)  # another process may have seen the result
-    return report(metrics)
+    return metrics
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval as evaluation
 import runs
 
 
@@ -139,12 +140,12 @@ def saved(folder, flags, **changes):
 def test_saved_arguments_are_read_as_they_were(tmp_path, words):
     args = settled(*words.split())
     folder = saved(tmp_path, vars(args))
-    assert vars(runs.read_config(folder)["arguments"]) == vars(args)
+    assert vars(evaluation.read_config(folder)["arguments"]) == vars(args)
 
 
 def test_what_an_old_configuration_lacks_takes_the_defaults(tmp_path):
     old = {"dataset": "digits", "method": "mlae", "rank": None, "val": True}
-    args = runs.read_config(saved(tmp_path, old))["arguments"]
+    args = evaluation.read_config(saved(tmp_path, old))["arguments"]
     assert vars(args) == vars(settled("--val")) | {"warmup_epochs": None}
 
 
@@ -155,13 +156,7 @@ WRONG_VALUES = {"method": "x", "dataset": "x", "source": "x", "masking": "x", "r
 def test_a_saved_value_that_no_flag_would_take_is_an_error(tmp_path, name):
     folder = saved(tmp_path, vars(settled()) | {name: WRONG_VALUES[name]})
     with pytest.raises(runs.RunError, match="config.json"):
-        runs.read_config(folder)
-
-
-@pytest.mark.parametrize("names", [["a"] * 9, ["a\n"] * 10], ids=["nine", "two lines"])
-def test_names_of_classes_that_cannot_be_right(tmp_path, names):
-    with pytest.raises(runs.RunError, match="class_names"):
-        runs.read_config(saved(tmp_path, vars(settled()), class_names=names))
+        evaluation.read_config(folder)
 
 
 @pytest.mark.parametrize("key", ["dataset", "method"])
@@ -169,7 +164,7 @@ def test_a_configuration_without_its_task_or_method_is_an_error(tmp_path, key):
     arguments = vars(settled())
     del arguments[key]  # the default would be another run
     with pytest.raises(runs.RunError, match="config.json"):
-        runs.read_config(saved(tmp_path, arguments))
+        evaluation.read_config(saved(tmp_path, arguments))
 
 
 @pytest.mark.parametrize("kind", ["cut", "list", "deep", "pipe"])
@@ -188,18 +183,6 @@ def test_what_is_no_log_is_an_error(tmp_path, rows):
     (tmp_path / "log.csv").write_text("epoch,loss,train_top1\n" + rows)
     with pytest.raises(runs.RunError, match="log.csv"):
         runs.read_log(tmp_path / "log.csv")
-
-
-@pytest.mark.parametrize("top1", ["x", float("nan"), 101])
-def test_a_damaged_result_is_named_and_left_out(tmp_path, capsys, top1):
-    metrics = {"dataset": "digits", "model": "x", "data": "", "official": True, "seed": 0}
-    for name, value in (("good", 9), ("bad", top1)):
-        folder = saved(tmp_path / name, {}, identity={"method": "mlae"})
-        (folder / "metrics.json").write_text(json.dumps(metrics | {"test_top1": value}))
-    (result,) = runs.collect(tmp_path)
-    assert (result.top1, result.split) == (9, "test")
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and str(tmp_path / "bad") in err
 
 
 def test_processes_hold_a_lock_one_after_the_other(tmp_path):
