@@ -41,7 +41,7 @@ from tqdm import tqdm
 import tasks
 from model import few
 from splits import DataError, Missing, printable, tfds_order  # noqa: F401
-from tasks import COMMON, ROLE_NUMBER, TASKS, Found, Task, image_format, join, open_image
+from tasks import COMMON, ROLE_NUMBER, TASKS, Found, Task, image_format, open_image
 
 BICUBIC, FLIP = v2.InterpolationMode.BICUBIC, v2.RandomHorizontalFlip()
 AUGMENT = {  # how training images are varied: a transform to S x S
@@ -61,27 +61,24 @@ class Images(Dataset):
     """One selection of a task's images, such as its 1000 training images.
 
     Item i is (image (3, S, S) uint8, label int) in the test view; in training the view is drawn by
-    the epoch's seed and i alone. `source` is "original", "prepared", "lists", "embedded" or
-    "folder"; `official`: whether this is the benchmark's own split, whole, as far as it can be
-    proven (of a folder: whether all of it is read); `digests`: sha256 of the keys, or labels, of
-    each slice; `left_out`: how many images of a folder could not be read.
+    the epoch's seed and i alone.
     """
 
-    source = description = role = ""
-    official, left_out = False, 0
+    source = description = role = ""  # original, prepared, lists, embedded or folder; train, ...
+    official = False  # as far as can be proven the benchmark's own split (of a folder: all of it)
+    left_out = 0  # images of a folder that could not be read
     folder: str | None = None  # of one's own images
     class_names: Sequence[str] | None = None
+    digests: dict[str, str] = {}  # sha256 of the keys, or labels, of each slice
+    prepared: Tensor | None = None  # (N, 3, S, S) uint8 on the device
 
     def __init__(self, items, labels, img_size: int, *, augment="none", upright=False) -> None:
         self.items = self.files = items  # `items` become arrays in memory, `files` stay
         self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
-        self.img_size = img_size
-        self.augment = augment
+        self.img_size, self.augment = img_size, augment
         self.transform = AUGMENT[augment](img_size)
         self.short = round(img_size / 0.875) if augment == "crop" else None  # side before a crop
         self.upright = upright  # whether EXIF's orientation counts
-        self.digests: dict[str, str] = {}
-        self.prepared: Tensor | None = None  # (N, 3, S, S) uint8 on the device
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -163,8 +160,9 @@ class Images(Dataset):
         can_fork = "fork" in multiprocessing.get_all_start_methods()
         is_little = len(order) * self.img_size**2 < FEW_PIXELS
         workers = min(workers, CORES) if can_fork and not is_little else 0
-        options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
-        options["generator"] = torch.Generator()  # else an epoch draws from the run's numbers
+        # with a generator of its own, else an epoch draws from the run's numbers
+        options = {"num_workers": workers, "generator": torch.Generator()}
+        options["multiprocessing_context"] = "fork" if workers else None
         for batch in DataLoader(rows, batch_size=None, collate_fn=read, **options):
             if isinstance(batch, DataError):
                 raise batch
@@ -193,7 +191,7 @@ class Images(Dataset):
 
 
 def with_numbers_of(key: str, transform: Callable, image):
-    """transform(image) with the random numbers that belong to the key; torch's own stay untouched."""
+    """transform(image) with the random numbers that belong to the key; torch's own are untouched."""
     with torch.random.fork_rng(devices=[]):
         # the CPU's generator alone: torch.manual_seed() would reseed the GPU's too
         torch.default_generator.manual_seed(zlib.crc32(key.encode()))
@@ -210,9 +208,8 @@ def normalizer(mean: tuple, std: tuple, device: torch.device | str) -> Callable[
 
 def mean_and_std(args: argparse.Namespace, model: nn.Module) -> tuple[tuple, tuple]:
     """Of the inputs, a value per channel, as the run asks for."""
-    if args.normalize == "model":
-        return model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
-    return NORMALIZE[args.normalize]
+    own = model.pretrained_cfg
+    return (own["mean"], own["std"]) if args.normalize == "model" else NORMALIZE[args.normalize]
 
 
 def create_normalizer(args: argparse.Namespace, model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -279,11 +276,6 @@ def files_below(folder: Path, above: frozenset[Path] = frozenset()) -> list[Path
     return files
 
 
-def is_image(path: Path) -> bool:
-    """By its name: what it holds is seen later."""
-    return path.suffix.lower() in ENDINGS
-
-
 def split_folders(folder: Path) -> dict[str, Path]:
     """The folders "train", "val" and "test"; of "train" alone, the folder itself, if it has no
     split. A folder train/ without folders in it is a class of that name."""
@@ -307,26 +299,11 @@ def find_parts(folder: Path) -> tuple[dict[str, Part], list[Path]]:
             if path.name not in classes:
                 raise DataError(f"{path}: the class is not in {folders['train']}")
             for file in files_below(path, above):
-                if is_image(file):
+                if file.suffix.lower() in ENDINGS:  # what it holds is seen later
                     parts[name].append((file, classes.index(path.name)))
                 else:
                     others.append(file)
     return parts, others
-
-
-def draw(part: Part, folder: Path, share: float, seed: int) -> tuple[Part, Part]:
-    """(kept, drawn): a share of each class is drawn, at least one image, but never its last. The
-    seed orders files by a digest of their names: new images move few others."""
-
-    def place(image: tuple[Path, int]) -> bytes:
-        name = image[0].relative_to(folder).as_posix()
-        return hashlib.sha256(os.fsencode(f"{seed} {name}")).digest()
-
-    drawn = set()
-    for _, images in itertools.groupby(part, key=lambda image: image[1]):
-        order = sorted(images, key=place)
-        drawn.update(order[: min(max(1, round(share * len(order))), len(order) - 1)])
-    return [image for image in part if image not in drawn], [x for x in part if x in drawn]
 
 
 def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> Found:
@@ -341,6 +318,10 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
     def names(paths: Sequence[Path]) -> str:
         return printable(few([path.relative_to(folder).as_posix() for path in paths]))
 
+    def place(image: tuple[Path, int]) -> bytes:  # by its name, so that new images move few others
+        name = image[0].relative_to(folder).as_posix()
+        return hashlib.sha256(os.fsencode(f"{how.seed} {name}")).digest()
+
     # --- which image is of which part ---
     parts, others = find_parts(folder)
     if others:  # one may miss them
@@ -350,12 +331,17 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
     for role, share in (("test", how.test_share), ("val", how.val_share)):
         if role in parts or role not in (scored, "test"):
             continue
-        parts["train"], parts[role] = draw(parts["train"], folder, share, how.seed)
+        drawn, single = set(), []
+        for label, images in itertools.groupby(parts["train"], key=lambda image: image[1]):
+            order = sorted(images, key=place)
+            drawn.update(order[: min(max(1, round(share * len(order))), len(order) - 1)])
+            single += [task.class_names[label]] if len(order) == 1 else []
+        parts[role] = [image for image in parts["train"] if image in drawn]
+        parts["train"] = [image for image in parts["train"] if image not in drawn]
         found.notes.append(f"{role}: {share:g} of each class, split seed {how.seed}")
-        single = {label for _, label in parts["train"]} - {label for _, label in parts[role]}
         if single:
-            classes = few([task.class_names[label] for label in sorted(single)])
-            print(f"note: a single image, which is trained on: class {classes}", file=sys.stderr)
+            what = f"class {few(single)}"
+            print(f"note: a single image, which is trained on: {what}", file=sys.stderr)
     parts = {role: parts.get(role, []) for role in roles}
 
     # --- what cannot be read, what is missing, what is there twice ---
@@ -378,8 +364,11 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
     if empty or not found.images[scored]:
         what = f"training images of class {few(empty)}" if empty else f"readable {scored} images"
         raise DataError(f"{folder} has no {what}: add some, or put all images into <class>/*")
-    known = {path.read_bytes() for role in roles[:-1] for path in found.images[role]}
-    twice = sum(path.read_bytes() in known for path in found.images[scored])
+    known, twice = set(), 0
+    for role in roles:
+        contents = [hashlib.sha256(path.read_bytes()).digest() for path in found.images[role]]
+        twice = sum(content in known for content in contents)  # the last role is scored
+        known.update(contents)
     if twice:
         found.notes.append(f"{twice} {scored} images are training images too")
         print(f"warning: {found.notes[-1]}, the same bytes in two files", file=sys.stderr)
@@ -401,21 +390,6 @@ def unreadable(files: Sequence[Path]) -> dict[Path, str]:
     with ThreadPoolExecutor(CORES) as pool:
         reasons = tqdm(pool.map(defect, files), "checking images", len(files), disable=None)
         return {path: why for path, why in zip(files, reasons, strict=True) if why}
-
-
-def folder_task(name: str, how: FolderSplit) -> Task:
-    """The row of a folder; DataError if it is none, or has not two classes to tell apart."""
-    folder = Path(os.path.abspath(name))
-    if not folder.is_dir():
-        raise DataError(f"--dataset {name} is not there, or no folder with a folder for each class")
-    places = entries(split_folders(folder)["train"], folders=True)
-    classes = tuple(printable(path.name) for path in places)
-    if len(classes) < 2:
-        need = "it needs <class>/* or train/<class>/*, two or more"
-        raise DataError(f"{folder} has {len(classes)} folders for a class: {need}")
-    row = printable(folder.name), OWN, OWN, len(classes), None, str(folder), (), ""
-    reader, own = partial(read_folder, how=how), {"class_names": classes, "folder": str(folder)}
-    return Task(*row, reader, FOLDER_RECIPE, None, upright=True, **own)
 
 
 def identify(own: dict, dataset: str, out: str | os.PathLike) -> dict:
@@ -451,20 +425,32 @@ def tasks_of(benchmark: str | None) -> list[Task]:
 def find_task(name: str, folder_split: FolderSplit = FolderSplit()) -> Task:
     """The table's row for a task name or alias; for a folder of images, a row of its own.
 
-    A task's exact name comes before a folder of that name: write ./digits for the folder."""
+    A task's exact name comes before a folder of that name: write ./digits for the folder.
+    DataError for what is neither, or a folder without two classes to tell apart."""
     names = {}
     for task in TASKS.values():
         names |= dict.fromkeys((task.name, *task.aliases), task)
-    if name not in names and (os.sep in name or os.path.exists(name)):
-        return folder_task(name, folder_split)
     key = name.lower().replace("-", "_")
-    if key in names:
+    is_path = name not in names and (os.sep in name or os.path.exists(name))
+    if not is_path and key in names:
         return names[key]
-    if key in SUITES:
-        raise DataError(f"{name} is a suite of tasks: python suite.py --dataset {key}")
-    near = difflib.get_close_matches(key, [*names, *SUITES], n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(TASKS)}"
-    raise DataError(f"unknown dataset {name!r}, and there is no such folder: {hint}")
+    if not is_path:
+        if key in SUITES:
+            raise DataError(f"{name} is a suite of tasks: python suite.py --dataset {key}")
+        near = difflib.get_close_matches(key, [*names, *SUITES], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(TASKS)}"
+        raise DataError(f"unknown dataset {name!r}, and there is no such folder: {hint}")
+    folder = Path(os.path.abspath(name))
+    if not folder.is_dir():
+        raise DataError(f"--dataset {name} is not there, or no folder with a folder for each class")
+    places = entries(split_folders(folder)["train"], folders=True)
+    classes = tuple(printable(path.name) for path in places)
+    if len(classes) < 2:
+        need = "it needs <class>/* or train/<class>/*, two or more"
+        raise DataError(f"{folder} has {len(classes)} folders for a class: {need}")
+    row = printable(folder.name), OWN, OWN, len(classes), None, str(folder), (), ""
+    reader, own = partial(read_folder, how=folder_split), {"folder": str(folder)}
+    return Task(*row, reader, FOLDER_RECIPE, None, class_names=classes, upright=True, **own)
 
 
 def load(
@@ -491,13 +477,18 @@ def load(
     selections = {"train": ["train"], "val": ["val"]}
     if split == "trainval":
         selections = {"train": ["train", "val"], "test": ["test"]}
-    found = tasks.read(task, root, sum(selections.values(), []), source, download)
+    try:
+        found = task.read(task, root, sum(selections.values(), []), source, download)
+    except OSError as error:  # no permission, a name that is too long, a folder in a file's place
+        reason = error.strerror or error
+        raise DataError(f"{task.name}: cannot read {error.filename}: {reason}") from error
     official, both, counts, paths = found.agrees, [], [], []
+    options = {"augment": augment or task.recipe["augment"], "upright": task.upright}
     for role, parts in selections.items():
-        items = join([found.images[part] for part in parts])
+        items = [found.images[part] for part in parts]
+        items = np.concatenate(items) if isinstance(items[0], np.ndarray) else sum(items, [])
         labels = np.concatenate([found.labels[part] for part in parts])
-        view = augment or task.recipe["augment"]
-        images = Images(items, labels, img_size, augment=view, upright=task.upright)
+        images = Images(items, labels, img_size, **options)
         images.role, images.source = role, found.source
         images.class_names, images.folder = task.class_names, task.folder
         images.left_out, images.digests = found.left_out, found.digests
@@ -532,27 +523,6 @@ def load_data(args: argparse.Namespace, download: bool = True) -> tuple[Images, 
     return load(args.dataset, args.data_dir, img_size=args.img_size, folder_split=how, **options)
 
 
-def print_task(task: Task, root: Path) -> bool:
-    """Print a task's row, what of it is in <root>, and its proof; False if something is damaged."""
-    train, val, test = task.sizes or "---"
-    print(f"{task.name:21}{task.classes:4}{train:7}{val:6}{test:7}  {task.verified}")
-    missing, is_whole = [], True
-    for source in task.sources:
-        try:
-            _, images = load(task.argument, root, source=source, download=False)
-            print(f"    {'official' if images.official else 'NOT OFFICIAL'}: {images.description}")
-            for name, digest in images.digests.items():
-                print(f"        {name:16} sha256 {digest}")
-        except Missing as error:
-            missing.append(error)
-        except DataError as error:
-            print(f"    DAMAGED: {error}")
-            is_whole = False
-    if len(missing) == len(task.sources):
-        print(f"    not there: {missing[0]}")
-    return is_whole
-
-
 def main(argv: list[str] | None = None) -> None:
     """Print the table; exit code 1 if something is damaged, 2 for wrong arguments."""
     words = "Print the table of tasks, what of it is there, and its proof."
@@ -570,7 +540,27 @@ def main(argv: list[str] | None = None) -> None:
     except DataError as error:
         parser.error(printable(str(error)))
     print(f"{'task':18}classes  train   val   test  what agrees with our official split")
-    sys.exit(0 if all([print_task(task, root) for task in rows]) else 1)
+    is_whole = True
+    for task in rows:
+        train, val, test = task.sizes or "---"
+        print(f"{task.name:21}{task.classes:4}{train:7}{val:6}{test:7}  {task.verified}")
+        missing = []
+        for source in task.sources:
+            try:
+                _, images = load(task.argument, root, source=source, download=False)
+            except Missing as error:
+                missing.append(error)
+            except DataError as error:
+                print(f"    DAMAGED: {error}")
+                is_whole = False
+            else:
+                is_official = "official" if images.official else "NOT OFFICIAL"
+                print(f"    {is_official}: {images.description}")
+                for name, digest in images.digests.items():
+                    print(f"        {name:16} sha256 {digest}")
+        if len(missing) == len(task.sources):
+            print(f"    not there: {missing[0]}")
+    sys.exit(0 if is_whole else 1)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def images_to_predict(place: Path, img_size: int, augment: str) -> Images:
     `augment` are as for `Images`. Raises DataError if there is none."""
     files, bad = [place], {}
     if place.is_dir():
-        files = [path for path in data.files_below(place) if data.is_image(path)]
+        files = [path for path in data.files_below(place) if path.suffix.lower() in data.ENDINGS]
         bad = data.unreadable(files)
         files = [path for path in files if path not in bad]
     elif not place.is_file():

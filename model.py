@@ -382,6 +382,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def round_frozen(model: nn.Module) -> None:
+    """Hold the matrices of frozen plain linear layers in bf16: for a model that runs under bf16
+    autocast, which would round them so at every step."""
+    for module in model.modules():
+        if type(module) is nn.Linear and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+
+
 def recompute_blocks(model: nn.Module) -> None:
     """Keep no activations inside the blocks, compute them again in the backward pass; ModelError if
     timm cannot do that for this model."""

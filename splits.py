@@ -18,8 +18,7 @@ import gzip
 import hashlib
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -63,11 +62,8 @@ def sha256(values: Iterable) -> str:
 
 def find(root: Path, pattern: str, depth: int = 4) -> Path | None:
     """The first match of a pattern in a folder and the levels below it, `depth` in all."""
-    for level in range(depth):
-        found = sorted(root.glob("*/" * level + pattern))
-        if found:
-            return found[0]
-    return None
+    levels = (sorted(root.glob("*/" * level + pattern)) for level in range(depth))
+    return next((found[0] for found in levels if found), None)
 
 
 def within(name: str, where: str | Path) -> str:
@@ -169,141 +165,63 @@ CUTS |= {name: _cut(name, texts, False) for name, texts in OTHERS.items()}
 
 
 # --- splits that TFDS makes -----------------------------------------------------------------------
-def draw_caltech101(files: dict[str, set[str]], split: str) -> dict[str, tuple[str, str]]:
-    """{key: (directory, file)} of a split, given each directory's files.
-
-    TFDS draws 30 a directory for training. Its draw depends on the order of directories; the
-    official one, 3060 and 6084 images, has upper case before lower case.
-    """
-    rng = np.random.RandomState(1234)
-    keys = {}
-    for folder in sorted(files):
-        # no image, but listed when the official draw was made
-        extra = {"tmp"} if folder == "BACKGROUND_Google" else set()
-        found = sorted(files[folder] | extra)
-        drawn = set()
-        if len(found) >= 30:
-            drawn = set(rng.choice(found, 30, replace=False).tolist())
-        for file in found:
-            is_of_split = (file in drawn) == (split == "train")
-            if is_of_split and file.endswith(".jpg"):
-                keys[f"{folder}/{file}"] = folder, file
-    return keys
-
-
-def all_files(files: dict[str, set[str]], split: str) -> dict[str, tuple[str, str]]:
-    """{key: (directory, file)} of all images: the key of EuroSAT and Resisc45 is `<Dir>_<file>`."""
-    keys = {}
-    for folder in files:
-        for file in files[folder]:
-            if file.endswith(".jpg"):
-                keys[f"{folder}_{file}"] = folder, file
-    return keys
-
-
-# originals of one folder a class: how keys are made of files, and the rule of the files' names
-FOLDERS = {
-    "caltech101": (draw_caltech101, "image_{i:04}.jpg"),
-    "eurosat": (all_files, "{folder}_{i}.jpg"),
-    "resisc45": (all_files, "{folder}_{i:03}.jpg"),
+FOLDERS = {  # one folder a class: rules of keys and files, images that are drawn for training
+    "caltech101": ("{folder}/{file}", "image_{i:04}.jpg", 30),
+    "eurosat": ("{folder}_{file}", "{folder}_{i}.jpg", None),
+    "resisc45": ("{folder}_{file}", "{folder}_{i:03}.jpg", None),
 }
 
 
 def from_folders(name: str, files: dict[str, set[str]], split: str) -> tuple[dict, list[int]]:
-    """{key: (directory, file)} and labels of a split of a task of FOLDERS, given the files of each
-    directory. Labels are by the directories' names, upper and lower case alike."""
-    draw, _ = FOLDERS[name]
+    """{key: path} and labels of a split of a task of FOLDERS, given the files of each directory.
+
+    Labels are by the directories' names, upper and lower case alike. TFDS's draw of Caltech101
+    depends on their order: the official one, 3060 and 6084 images, has upper before lower case.
+    """
+    rule, _, count = FOLDERS[name]
+    rng = np.random.RandomState(1234)
     classes = sorted(files, key=str.lower)
-    keys = draw(files, split)
-    return keys, [classes.index(folder) for folder, _ in keys.values()]
+    paths, labels = {}, []
+    for folder in sorted(files):
+        # tmp is no image, but it was listed when the official draw was made
+        extra = {"tmp"} if folder == "BACKGROUND_Google" else set()
+        listed = sorted(files[folder] | extra)
+        training = rng.choice(listed, count, replace=False).tolist() if count else listed
+        training = set(training)
+        for file in listed:
+            if file.endswith(".jpg") and (file in training) == (split == "train"):
+                paths[rule.format(folder=folder, file=file)] = f"{folder}/{file}"
+                labels.append(classes.index(folder))
+    return paths, labels
 
 
 @cache
 def _official_files(name: str) -> dict[str, set[str]]:
     files = {}
+    _, rule, _ = FOLDERS[name]
     for folder, count in CONSTANTS["classes"][name].items():
-        rule = FOLDERS[name][1]
         files[folder] = {rule.format(folder=folder, i=i) for i in range(1, count + 1)}
     return files
-
-
-def check_files(name: str, files: dict[str, set[str]]) -> None:
-    """DataError, naming some, if images of a task of FOLDERS are missing or are not its own."""
-    lists = []
-    for listing in (files, _official_files(name)):
-        pairs = all_files(listing, "").values()
-        lists.append({f"{folder}/{file}" for folder, file in pairs})
-    found, official = lists
-    if found != official:
-        some = ", ".join(sorted(official ^ found)[:3])
-        counts = f"{len(official - found)} images missing, {len(found - official)} too many"
-        raise DataError(f"{name}: {counts}: {some}, ...: get the originals again")
 
 
 def sun397_split(keys: Iterable[str], split: str) -> tuple[list[str], list[int]]:
     """The keys `/a/abbey/sun_x.jpg` that TFDS's lists give to a split, and their labels.
 
-    DataError, naming the class, if the keys of all splits are not the official ones.
+    DataError, naming the class, if the keys of all splits are not as many as the official ones.
     """
-    classes = {}
-    for key in sorted(set(keys) - {SUN397_UNUSED}):
-        classes.setdefault(key.rpartition("/")[0], []).append(key)
-    counts, codes, packed = (_packed(f"sun397 {part}") for part in ("counts", "codes", "splits"))
-    if len(classes) != len(counts):
-        raise DataError(f"sun397: {len(classes)} classes, not {len(counts)}: get SUN397 again")
-    for name, count, code in zip(sorted(classes), counts, codes, strict=True):
-        digest = zlib.crc32("\n".join(classes[name]).encode()) & 0xFFFF
-        if (len(classes[name]), digest) != (count, code):
-            wrong = f"sun397: {name} has {len(classes[name])} images, not {count}"
-            raise DataError(f"{wrong}, or others than the official ones: get SUN397 again")
-    members = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], 1).ravel()
-    wanted = ("train", "validation", "test").index(split)
-    pairs = []
-    for label, name in enumerate(sorted(classes)):
-        pairs += [(key, label) for key in classes[name]]
-    pairs = [pairs[row] for row in np.flatnonzero(members[: len(pairs)] == wanted)]
-    return [key for key, _ in pairs], [label for _, label in pairs]
-
-
-def draw_kitti(videos: dict[int, str], split: str) -> list[str]:
-    """Keys of a split, given each image's video: TFDS draws a tenth of the videos for testing, then
-    as many for validation."""
-    rng = np.random.RandomState(123)
-    rest = sorted(set(videos.values()))
-    count = max(1, len(rest) // 10)
-    drawn = {}
-    for name in ("test", "validation"):
-        drawn[name] = set(rng.choice(rest, count, replace=False).tolist())
-        rest = sorted(set(rest) - drawn[name])
-    drawn["train"] = set(rest)
-    return [f"{image:06d}.png" for image, video in videos.items() if video in drawn[split]]
-
-
-# --- labels that VTAB makes -----------------------------------------------------------------------
-def _edges(edges: list[float], value: float) -> int:
-    """The largest i with edges[i] < value, in float32 as in VTAB's code."""
-    return int(np.searchsorted(np.float32(edges), np.float32(value), side="left")) - 1
-
-
-def clevr_count(objects: list[dict]) -> int:
-    """The class 0..7 of the number of objects."""
-    return len(objects) - 3
-
-
-def clevr_distance(objects: list[dict]) -> int:
-    """The class 0..5 of the distance of the object nearest to the camera."""
-    nearest = min(item["pixel_coords"][2] for item in objects)
-    return _edges([0, 8, 8.5, 9, 9.5, 10, 100], nearest)
-
-
-def kitti_distance(label_file: str) -> int:
-    """The class 0..3 of the nearest car, van or truck: to 8 m, to 20 m, farther, none."""
-    distances = [1000.0]
-    for line in label_file.splitlines():
-        fields = line.split()
-        if fields[0] in ("Car", "Van", "Truck"):
-            distances.append(float(fields[13]))
-    return _edges([-100, 8, 20, 999], min(distances))
+    keys = sorted(set(keys) - {SUN397_UNUSED}, key=lambda key: key.rpartition("/"))
+    folders = [key.rpartition("/")[0] for key in keys]
+    classes, labels, counts = np.unique(folders, return_inverse=True, return_counts=True)
+    official = _packed("sun397 counts")
+    if len(classes) != len(official):
+        raise DataError(f"sun397: {len(classes)} classes, not {len(official)}: get SUN397 again")
+    for name, count, wanted in zip(classes, counts, official, strict=True):
+        if count != wanted:
+            raise DataError(f"sun397: {name} has {count} images, not {wanted}: get SUN397 again")
+    packed = _packed("sun397 splits")  # four images a byte
+    members = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], 1).ravel()[: len(keys)]
+    rows = np.flatnonzero(members == ("train", "validation", "test").index(split))
+    return [keys[row] for row in rows], labels[rows].tolist()
 
 
 # --- proofs ---------------------------------------------------------------------------------------
@@ -386,6 +304,16 @@ def in_memory(images: np.ndarray, labels: Iterable[int]) -> Content:
     return Content(range(len(images)), np.array(labels), lambda rows: images[rows])
 
 
+def digits(root: Path, split: str) -> Content:
+    with np.load(FOLDER / "demo" / "digits.npz") as file:
+        return in_memory(file["images"], file["labels"])
+
+
+def fashion_mnist(root: Path, split: str) -> Content:
+    content = datasets.FashionMNIST(root, train=split == "train")
+    return in_memory(content.data.numpy(), content.targets)
+
+
 def cifar(root: Path, split: str) -> Content:
     # checks the md5 first: a pickle can run code, only the publisher's is opened
     content = datasets.CIFAR100(root, train=split == "train")
@@ -399,22 +327,22 @@ def svhn(root: Path, split: str) -> Content:
 
 def dtd(root: Path, split: str) -> Content:
     content = datasets.DTD(root, {"validation": "val"}.get(split, split), partition=1)
-    folder = root / "dtd" / "dtd" / "images"
-    names = [path.relative_to(folder).as_posix() for path in content._image_files]
-    return in_files(folder, names, content._labels)
+    return _below(root / "dtd/dtd/images", content._image_files, content._labels)
 
 
 def flowers(root: Path, split: str) -> Content:
     content = datasets.Flowers102(root, {"validation": "val"}.get(split, split))
-    names = [path.name for path in content._image_files]
-    return in_files(root / "flowers-102" / "jpg", names, content._labels)
+    return _below(root / "flowers-102/jpg", content._image_files, content._labels)
 
 
 def pets(root: Path, split: str) -> Content:
     content = datasets.OxfordIIITPet(root, {"train": "trainval"}.get(split, split))
-    folder = root / "oxford-iiit-pet" / "images"
-    names = [path.relative_to(folder).as_posix() for path in content._images]
-    return in_files(folder, names, content._labels)
+    return _below(root / "oxford-iiit-pet/images", content._images, content._labels)
+
+
+def _below(folder: Path, paths: list[Path], labels: list[int]) -> Content:
+    """Images whose keys are their paths from the folder."""
+    return in_files(folder, [path.relative_to(folder).as_posix() for path in paths], labels)
 
 
 def class_folders(root: Path, split: str, name: str, place: str) -> Content:
@@ -423,9 +351,8 @@ def class_folders(root: Path, split: str, name: str, place: str) -> Content:
     for path in folder.iterdir():
         if path.is_dir():
             files[path.name] = {image.name for image in path.iterdir()}
-    check_files(name, files)
-    names, labels = from_folders(name, files, split)
-    return in_files(folder, map("/".join, names.values()), labels, list(names))
+    paths, labels = from_folders(name, files, split)
+    return in_files(folder, paths.values(), labels, [*paths])
 
 
 def sun397(root: Path, split: str) -> Content:
@@ -439,13 +366,13 @@ def pcam(root: Path, split: str) -> Content:
     import h5py
 
     name = {"validation": "valid"}.get(split, split)
-    stem = f"camelyonpatch_level_2_split_{name}"
-    with h5py.File(root / "pcam" / f"{stem}_y.h5") as file:
+    stem = root / "pcam" / f"camelyonpatch_level_2_split_{name}"
+    with h5py.File(f"{stem}_y.h5") as file:
         labels = file["y"][:].ravel().astype(int)
 
     def images(rows: list[int]) -> np.ndarray:
         ascending, back = np.unique(rows, return_inverse=True)  # h5py reads ascending rows only
-        with h5py.File(root / "pcam" / f"{stem}_x.h5") as file:
+        with h5py.File(f"{stem}_x.h5") as file:
             return file["x"][ascending][back]
 
     return Content([f"{name}_{i}" for i in range(len(labels))], labels, images)
@@ -460,70 +387,84 @@ def dsprites(root: Path, split: str, label: Callable) -> Content:
 
 def smallnorb(root: Path, split: str, label: Callable) -> Content:
     name = {"train": "training", "test": "testing"}[split]
-    images = _matrix(find(root, f"smallnorb-*-{name}-dat.mat*"))  # (N, 2 cameras, 96, 96)
-    infos = _matrix(find(root, f"smallnorb-*-{name}-info.mat*"))
+    arrays = []
+    for kind in ("dat", "info"):
+        path = find(root, f"smallnorb-*-{name}-{kind}.mat*")
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        # int32: a magic number, the number of dimensions, the sizes, at least three; then values
+        magic, ndim = np.frombuffer(raw, "<i4", 2)
+        dtype = {0x1E3D4C55: "u1", 0x1E3D4C54: "<i4"}[magic]
+        shape = np.frombuffer(raw, "<i4", ndim, offset=8)
+        values = np.frombuffer(raw, dtype, np.prod(shape), offset=8 + 4 * max(3, ndim))
+        arrays.append(values.reshape(shape))
+    images, infos = arrays  # (N, 2 cameras, 96, 96) and (N, 4)
     return in_memory(images[:, 0], label(infos))
-
-
-def _matrix(path: Path) -> np.ndarray:
-    """A matrix file of small NORB: int32 magic number, number of dimensions, sizes; then values."""
-    raw = path.read_bytes()
-    raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    magic, ndim = np.frombuffer(raw, "<i4", 2)
-    kind = {0x1E3D4C55: "u1", 0x1E3D4C54: "<i4"}[magic]
-    shape = np.frombuffer(raw, "<i4", ndim, offset=8)
-    start = 8 + 4 * max(3, ndim)  # at least three sizes are written
-    return np.frombuffer(raw, kind, np.prod(shape), offset=start).reshape(shape)
 
 
 def clevr(root: Path, split: str, label: Callable) -> Content:
     folder = find(root, "CLEVR_v1.0")
     name = {"train": "train", "validation": "val"}[split]
-    listing = folder / "scenes" / f"CLEVR_{name}_scenes.json"
-    labels = {}
-    for scene in json.loads(regular(listing).read_text())["scenes"]:
-        labels[scene["image_filename"]] = label(scene["objects"])
+    listing = regular(folder / "scenes" / f"CLEVR_{name}_scenes.json")
+    scenes = json.loads(listing.read_text())["scenes"]
+    labels = {scene["image_filename"]: label(scene["objects"]) for scene in scenes}
     keys = sorted(labels)
     return in_files(folder / "images" / name, keys, [labels[key] for key in keys])
 
 
-def kitti(root: Path, split: str, label: Callable) -> Content:
+def clevr_distance(objects: list[dict]) -> int:
+    """The class 0..5 of the distance of the object nearest to the camera, in float32 as VTAB's."""
+    nearest = np.float32(min(item["pixel_coords"][2] for item in objects))
+    return np.digitize(nearest, [0, 8, 8.5, 9, 9.5, 10, 100], right=True) - 1
+
+
+def kitti(root: Path, split: str) -> Content:
     folder = find(root, "training/label_2")
     devkit = find(root, "mapping/train_rand.txt").parent
     numbers = (devkit / "train_rand.txt").read_text().split(",")
     frames = (devkit / "train_mapping.txt").read_text().splitlines()
-    videos = {}
-    for image, number in enumerate(numbers):
-        videos[image] = frames[int(number) - 1].split()[1]
-    keys = draw_kitti(videos, split)
-    labels = [label(regular(folder / f"{key[:6]}.txt").read_text()) for key in keys]
+    videos = [frames[int(number) - 1].split()[1] for number in numbers]  # of each image
+    # TFDS draws a tenth of the videos for testing, then as many for validation
+    rng = np.random.RandomState(123)
+    drawn, rest = {}, sorted(set(videos))
+    count = max(1, len(rest) // 10)
+    for name in ("test", "validation"):
+        drawn[name] = set(rng.choice(rest, count, replace=False).tolist())
+        rest = sorted(set(rest) - drawn[name])
+    drawn["train"] = set(rest)
+    keys, labels = [], []
+    for image, video in enumerate(videos):
+        if video not in drawn[split]:
+            continue
+        distances = [1000.0]
+        for line in regular(folder / f"{image:06d}.txt").read_text().splitlines():
+            fields = line.split()
+            if fields[0] in ("Car", "Van", "Truck"):
+                distances.append(float(fields[13]))
+        keys.append(f"{image:06d}.png")
+        # to 8 m, to 20 m, farther, none
+        labels.append(np.digitize(np.float32(min(distances)), [-100, 8, 20, 999], right=True) - 1)
     return in_files(folder.parent / "image_2", keys, labels)
 
 
 def retinopathy(root: Path, split: str) -> Content:
     folder = find(root, "trainLabels.csv").parent
     usage = {"train": None, "validation": "Public", "test": "Private"}[split]
-    keys, labels = [], []
-    listing = "retinopathy_solution.csv" if usage else "trainLabels.csv"
-    with open(folder / listing, newline="") as file:
-        for row in csv.DictReader(file):
-            if row.get("Usage") == usage:
-                keys.append(row["image"])
-                labels.append(int(row["level"]))
-    folder /= "test" if usage else "train"
-    content = in_files(folder, [f"{key}.jpeg" for key in keys], labels, keys)
+    part, listing = ("test", "retinopathy_solution.csv") if usage else ("train", "trainLabels.csv")
+    with open(regular(folder / listing), newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("Usage") == usage]
+    keys, labels = [row["image"] for row in rows], [int(row["level"]) for row in rows]
+    content = in_files(folder / part, [f"{key}.jpeg" for key in keys], labels, keys)
 
     def images(rows: list[int]) -> list[Path]:
         paths = content.images(rows)
         for path in paths:
-            with Image.open(path, formats=["JPEG"]) as image:
-                width, height = image.size
+            width, height = Image.open(regular(path), formats=["JPEG"]).size
             if width != 540 or height > 540:
-                raise DataError(
-                    f"{path} is {width} x {height}, not preprocessed as in TFDS's btgraham-300: "
-                    "scale all eyes to a radius of 300, take the local mean off, crop to 90 % "
-                    "(so 540 wide), save as JPEG of quality 72; or use --source prepared"
-                )
+                what = f"{path} is {width} x {height}, not preprocessed as in TFDS's btgraham-300"
+                how = "scale all eyes to a radius of 300, take the local mean off, crop to 90 % (so"
+                how += " 540 wide), save as JPEG of quality 72; or use --source prepared"
+                raise DataError(f"{what}: {how}")
         return paths
 
     return Content(keys, content.labels, images)
@@ -533,25 +474,19 @@ def dmlab(root: Path, split: str) -> Content:
     folder = find(root, f"dmlab-{split}.tfrecord*").parent
     examples = []
     for path in sorted(folder.glob(f"dmlab-{split}.tfrecord*")):
-        examples += map(tf_example, tf_records(path))
+        file, start = memoryview(np.memmap(regular(path), mode="r")), 0
+        while start < len(file):  # 8 bytes of length, a crc of 4, the record, a crc of 4
+            stop = start + 16 + int.from_bytes(file[start : start + 8], "little")
+            if stop > len(file):
+                raise ValueError(f"{path.name} ends within a record")
+            examples.append(_example(file[start + 12 : stop - 4]))
+            start = stop
     keys = [bytes(example["filename"]).decode() for example in examples]
-
     labels = np.array([example["label"] for example in examples])
     return Content(keys, labels, lambda rows: [bytes(examples[row]["image"]) for row in rows])
 
 
-def tf_records(path: Path) -> Iterator[memoryview]:
-    """The records of a TFRecord file: 8 bytes of length, a crc of 4, the record, a crc of 4."""
-    view, start = memoryview(np.memmap(regular(path), mode="r")), 0
-    while start < len(view):
-        length = int.from_bytes(view[start : start + 8], "little")
-        if start + 16 + length > len(view):
-            raise ValueError(f"{path.name} ends within a record")
-        yield view[start + 12 : start + 12 + length]
-        start += 16 + length
-
-
-def tf_example(record: memoryview) -> dict:
+def _example(record: memoryview) -> dict:
     """{feature: its first value} of a serialised tf.train.Example, bytes or integer."""
     example = {}
     for _, entry in _fields(dict(_fields(record))[1]):
@@ -559,7 +494,7 @@ def tf_example(record: memoryview) -> dict:
         [(kind, values)] = _fields(pair[2])  # 1: a list of bytes, 3: of integers
         value = dict(_fields(values))[1]
         if kind == 3 and isinstance(value, memoryview):
-            value, _ = _varint(value, 0)  # packed
+            [value] = value  # packed; a label, below 128, is one byte
         example[bytes(pair[1]).decode()] = value
     return example
 
@@ -567,31 +502,20 @@ def tf_example(record: memoryview) -> dict:
 def _fields(message: memoryview) -> list[tuple]:
     """(number, value) of the fields of a protocol buffer: integers, and what has a length."""
     found, place = [], 0
+
+    def integer() -> int:  # seven bits a byte, the lowest first
+        nonlocal place
+        value = shift = 0
+        while message[place] > 127:
+            value |= (message[place] & 127) << shift
+            shift, place = shift + 7, place + 1
+        place += 1
+        return value | message[place - 1] << shift
+
     while place < len(message):
-        tag, place = _varint(message, place)
-        value, place = _varint(message, place)
+        tag, value = integer(), integer()
         if tag & 7 == 2:
             start, place = place, place + value
             value = message[start:place]
         found.append((tag >> 3, value))
     return found
-
-
-def _varint(message: memoryview, place: int) -> tuple:
-    """An integer of seven bits a byte, the lowest first, and the place behind it."""
-    value = shift = 0
-    while message[place] > 127:
-        value |= (message[place] & 127) << shift
-        shift += 7
-        place += 1
-    return value | message[place] << shift, place + 1
-
-
-def digits(root: Path, split: str) -> Content:
-    with np.load(FOLDER / "demo" / "digits.npz") as file:
-        return in_memory(file["images"], file["labels"])
-
-
-def fashion_mnist(root: Path, split: str) -> Content:
-    content = datasets.FashionMNIST(root, train=split == "train")
-    return in_memory(content.data.numpy(), content.targets)

@@ -1,7 +1,8 @@
 """The table of tasks: what each is, where its images come from, how it is trained on.
 
     TASKS["dtd"].sizes                              # (800, 200, 1880): train, val and test
-    read(TASKS["dtd"], Path("data"), ["train", "val"], "auto", download=True).images["train"]
+    task = TASKS["dtd"]
+    task.read(task, Path("data"), ["train", "val"], "auto", download=True).images["train"]
 
 Images come from the originals, cut and proven by splits.py; from a prepared folder; or from FGVC's
 lists. Originals lie in <root> as torchvision leaves them; what it does not know, up to 3 folders
@@ -73,57 +74,42 @@ def lines(listing: Path) -> list[tuple[str, str]]:
 # --- where a task's images come from --------------------------------------------------------------
 @dataclass(frozen=True)
 class Original:
-    """Where original images are: `read(root, split)`, a reader; `place`: what must be in <root>;
-    `get`: where from; `fetch`: torchvision's classes, which download; `needs`: packages; `note`:
-    what a result should say of them."""
+    """Where original images are, and how they are read."""
 
-    read: Callable[[Path, str], Content]
-    place: tuple[str, ...]
-    get: str
-    fetch: tuple[Callable, ...] = ()
-    needs: tuple[str, ...] = ()
-    note: str = ""
+    read: Callable[[Path, str], Content]  # of root and split: a reader of splits.py
+    place: tuple[str, ...]  # what must be in <root>
+    get: str  # where from
+    fetch: tuple[Callable, ...] = ()  # torchvision's classes, which download
+    needs: tuple[str, ...] = ()  # packages
+    note: str = ""  # what a result should say of them
 
 
 @dataclass
 class Found:
-    """What a reader found, by role: `images` (paths, encoded images or an array) and `labels`; the
-    names of its file `formats`; `digests`, sha256 of a slice's keys or labels in order; whether all
-    that can be compared `agrees` with the official split; the number of unreadable images that were
-    `left_out`; `title` and `notes` for people."""
+    """What a reader found. `title` and `notes` are for people."""
 
     source: str
     title: str
-    images: dict[str, Sequence] = field(default_factory=dict)
-    labels: dict[str, Sequence[int]] = field(default_factory=dict)
-    formats: set[str] = field(default_factory=set)
-    digests: dict[str, str] = field(default_factory=dict)
-    agrees: bool = True
-    left_out: int = 0
+    images: dict[str, Sequence] = field(default_factory=dict)  # by role: paths, bytes or an array
+    labels: dict[str, Sequence[int]] = field(default_factory=dict)  # by role
+    formats: set[str] = field(default_factory=set)  # of the files
+    digests: dict[str, str] = field(default_factory=dict)  # sha256 of a slice's keys or labels
+    agrees: bool = True  # all that can be compared, with the official split
+    left_out: int = 0  # images that could not be read
     notes: list[str] = field(default_factory=list)
-
-
-def read(task, root: Path, roles: Iterable[str], source: str, download: bool) -> Found:
-    """By the task's own reader; DataError for files that the system does not let it read."""
-    try:
-        return task.read(task, root, roles, source, download)
-    except OSError as error:  # no permission, a name that is too long, a folder in a file's place
-        reason = error.strerror or error
-        raise DataError(f"{task.name}: cannot read {error.filename}: {reason}") from error
 
 
 def read_originals(task, root: Path, roles: Iterable[str], source: str, download: bool) -> Found:
     """The originals, cut by splits.py; DataError if the slices are not the official ones."""
-    found, contents = Found("original", "originals"), {}
+    found, contents, cut = Found("original", "originals"), {}, CUTS[task.name]
     found.notes += [task.original.note] if task.original.note else []
-    cut = CUTS[task.name]
     for role in roles:
-        split = getattr(cut, role).split
+        split, name = getattr(cut, role).split, splits.ROLES[role]
         if split not in contents:
             contents[split] = whole_split(task, root, split, download)
-        content, name = contents[split], splits.ROLES[role]
+        content = contents[split]
         rows = cut.rows(role, content.keys)
-        keys, labels = [content.keys[row] for row in rows], content.labels[rows]
+        keys, labels = [content.keys[i] for i in rows], content.labels[rows]
         if cut.ordered:
             found.digests[name] = splits.prove_keys(task.name, role, keys)
         if not 0 <= labels.min() <= labels.max() < task.classes:
@@ -133,12 +119,13 @@ def read_originals(task, root: Path, roles: Iterable[str], source: str, download
             which = f"that of {keys[line - 1]} first" if line else "by their count in each class"
             wrong = f"{task.name}: labels of {name} are not the official ones, {which}"
             raise DataError(f"{wrong}: get the originals again ({task.original.get})")
-        found.labels[role], found.images[role] = labels, content.images(rows)
-        where = f"{task.name}: the originals are not whole"
-        if isinstance(found.images[role], np.ndarray):
+        images = content.images(rows)
+        found.labels[role], found.images[role] = labels, images
+        if isinstance(images, np.ndarray):
             found.formats.add("raw")
         else:
-            found.formats |= {image_format(image, where) for image in found.images[role]}
+            where = f"{task.name}: the originals are not whole"
+            found.formats |= {image_format(image, where) for image in images}
     return found
 
 
@@ -147,17 +134,34 @@ def whole_split(task, root: Path, split: str, download: bool = True) -> Content:
 
     Raises Missing where the originals cannot be had, DataError where they are damaged.
     """
-    original = task.original
-    get(task.name, original, root, download)
+    original, name = task.original, task.name
+    for package in original.needs:
+        if importlib.util.find_spec(package) is None:
+            raise Missing(f"{name}: reading the originals needs {package}: pip install {package}")
+    depth = 1 if original.fetch else 4
+    missing = [place for place in original.place if find(root, place, depth) is None]
+    if missing:
+        by_hand = f"no {root / missing[0]}: get it by hand from {original.get}"
+        if not (original.fetch and download):
+            raise Missing(f"{name}: {by_hand}")
+        top = root / original.place[0].split("/")[0]
+        if top.is_dir():
+            remedy = f"remove it, or complete it by hand from {original.get}"
+            raise DataError(f"{name}: {top} is not complete: {remedy}")
+        try:
+            _fetch(name, original, root)
+        except Exception as error:  # whatever a broken download raises
+            reason = f"the download failed ({reason_of(error)})"
+            raise Missing(f"{name}: {reason} and there is {by_hand}") from error
     place = f" at {find(root, original.place[0])}" if original.place else ""
-    where, again = f"{task.name}: the originals{place}", f"get them again ({original.get})"
+    where, again = f"{name}: the originals{place}", f"get them again ({original.get})"
     try:
         content = original.read(root, split)
     except DataError:
         raise
     except Exception as error:  # whatever a damaged file makes its reader raise
         raise DataError(f"{where} are damaged ({reason_of(error)}): {again}") from error
-    count, distinct = CUTS[task.name].counts[split], len(set(content.keys))
+    count, distinct = CUTS[name].counts[split], len(set(content.keys))
     if not len(content.keys) == len(content.labels) == distinct == count:
         images = f"{distinct} {split} images and {len(content.labels)} labels, not {count}"
         raise DataError(f"{where} have {images}: remove them and {again}")
@@ -170,33 +174,8 @@ def reason_of(error: Exception) -> str:
     return first[0] if first else type(error).__name__
 
 
-def get(name: str, original: Original, root: Path, download: bool) -> None:
-    """Download originals if they are not there; Missing if that is not possible."""
-    for package in original.needs:
-        if importlib.util.find_spec(package) is None:
-            raise Missing(f"{name}: reading the originals needs {package}: pip install {package}")
-    depth = 1 if original.fetch else 4
-    missing = [place for place in original.place if find(root, place, depth) is None]
-    if not missing:
-        return
-    by_hand = f"no {root / missing[0]}: get it by hand from {original.get}"
-    if not (original.fetch and download):
-        raise Missing(f"{name}: {by_hand}")
-    try:
-        _fetch(name, original, root)
-    except DataError:
-        raise
-    except Exception as error:  # whatever a broken download raises
-        reason = f"the download failed ({reason_of(error)})"
-        raise Missing(f"{name}: {reason} and there is {by_hand}") from error
-
-
 def _fetch(name: str, original: Original, root: Path) -> None:
     """Download into a new folder and move what is complete: what lies in <root> is whole."""
-    top = root / original.place[0].split("/")[0]
-    if top.is_dir():
-        remedy = f"remove it, or complete it by hand from {original.get}"
-        raise DataError(f"{name}: {top} is not complete: {remedy}")
     print(f"{name}: downloading {original.get} into {root}", flush=True)
     socket.setdefaulttimeout(30)  # seconds without a byte; torchvision would wait for ever
     root.mkdir(parents=True, exist_ok=True)
@@ -219,11 +198,6 @@ def read_embedded(task, root: Path, roles: Iterable[str], source: str, download:
     return found
 
 
-def join(images: list[Sequence]) -> Sequence:
-    """Arrays or lists of images, one behind the other."""
-    return np.concatenate(images) if isinstance(images[0], np.ndarray) else sum(images, [])
-
-
 def read_vtab(task, root: Path, roles: Iterable[str], source: str, download: bool) -> Found:
     """The originals, or where they cannot be had, or at wish, the prepared folder."""
     folder = root / "vtab-1k" / task.name
@@ -244,67 +218,52 @@ def read_vtab(task, root: Path, roles: Iterable[str], source: str, download: boo
 
 def read_prepared(task, folder: Path, roles: Iterable[str]) -> Found:
     """The folder that PEFT repositories pass around, compared with the official labels."""
-    found = Found("prepared", "prepared folder")
+    found, classes, agreements = Found("prepared", "prepared folder"), {}, set()
+    for name in ("train800", "val200", "train800val200"):
+        if (folder / f"{name}.txt").exists():
+            classes[name] = [line.split()[-1] for _, line in lines(folder / f"{name}.txt")]
+    if len(classes) == 3 and classes["train800"] + classes["val200"] != classes["train800val200"]:
+        found.notes.append("train800val200.txt has other labels than train800.txt and val200.txt")
     lists = {"train800.txt": ["train"], "val200.txt": ["val"]}
     if "test" in roles:
         lists = {"train800val200.txt": ["train", "val"], "test.txt": ["test"]}
-    agreements = set()
-    if not _same_labels(folder):
-        found.notes.append("train800val200.txt has other labels than train800.txt and val200.txt")
-        found.agrees = False
     for name, in_list in lists.items():
-        paths, labels = _prepared_list(task, folder / name, found.formats)
-        count = sum(task.sizes[ROLE_NUMBER[role]] for role in in_list)
+        paths, labels = [], []
+        for where, line in lines(folder / name):
+            try:
+                path, label = line.rsplit(None, 1)
+                label = int(label)
+            except ValueError:
+                raise DataError(f"{where}: expected '<image> <label>', found {line!r}") from None
+            if not 0 <= label < task.classes:
+                raise DataError(f"{where}: label {label} is outside 0..{task.classes - 1}")
+            paths.append(folder / within(path, where))
+            labels.append(label)
+            found.formats.add(image_format(paths[-1], where))
+        sizes = [task.sizes[ROLE_NUMBER[role]] for role in in_list]
         if in_list == ["test"] and len(paths) == splits.OTHER_DRAWS.get(task.name):
             found.notes.append(f"{len(paths)} test images are another draw than the official one")
-            found.agrees = False
-        elif not paths or len(paths) > count or (len(paths) < count and in_list != ["test"]):
-            wrong = f"{folder / name} has {len(paths)} images, VTAB-1k's {task.name} has {count}"
-            raise DataError(f"{wrong}: unpack the archive again")
-        first = 0
-        for role in in_list:
-            stop = first + task.sizes[ROLE_NUMBER[role]] if len(in_list) > 1 else len(paths)
-            found.images[role], own = paths[first:stop], labels[first:stop]
-            found.labels[role], slice_name = own, splits.ROLES[role]
-            found.digests[f"{slice_name} labels"] = splits.sha256(own)
-            agrees, line = splits.prove_labels(task.name, role, own)
+            sizes = [len(paths)]
+        is_short = len(paths) < sum(sizes) and in_list != ["test"]
+        if not paths or len(paths) > sum(sizes) or is_short:
+            wrong = f"{folder / name} has {len(paths)} images, VTAB-1k's {task.name} has"
+            raise DataError(f"{wrong} {sum(sizes)}: unpack the archive again")
+        start = 0
+        for role, size in zip(in_list, sizes, strict=True):
+            part, slice_name = labels[start : start + size], splits.ROLES[role]
+            found.images[role], found.labels[role] = paths[start : start + size], part
+            found.digests[f"{slice_name} labels"] = splits.sha256(part)
+            agrees, line = splits.prove_labels(task.name, role, part)
             agreements.add(agrees)
             if agrees is False:
-                place = f" at line {first + line} of {name}" if line else ""
+                place = f" at line {start + line} of {name}" if line else ""
                 found.notes.append(f"labels of {slice_name} differ from the official split{place}")
-                found.agrees = False
-            first = stop
+            start += size
+    found.agrees = not found.notes
     if found.agrees:
         proven = agreements == {True}
         found.notes.append("official order confirmed" if proven else "order not proven")
     return found
-
-
-def _same_labels(folder: Path) -> bool:
-    """Whether the list of 1000 has the labels of the two that it joins, where all are there."""
-    listings = [folder / f"{name}.txt" for name in ("train800", "val200", "train800val200")]
-    if not all(listing.exists() for listing in listings):
-        return True
-    train, val, both = ([line.split()[-1] for _, line in lines(listing)] for listing in listings)
-    return train + val == both
-
-
-def _prepared_list(task, listing: Path, formats: set[str]) -> tuple[list[Path], list[int]]:
-    """Paths and labels of a list; adds the images' formats."""
-    paths, labels = [], []
-    for where, line in lines(listing):
-        try:
-            name, label = line.rsplit(None, 1)
-            label = int(label)
-        except ValueError:
-            raise DataError(f"{where}: expected '<image> <label>', found {line!r}") from None
-        if not 0 <= label < task.classes:
-            raise DataError(f"{where}: label {label} is outside 0..{task.classes - 1}")
-        path = listing.parent / within(name, where)
-        formats.add(image_format(path, where))
-        paths.append(path)
-        labels.append(label)
-    return paths, labels
 
 
 def read_fgvc(task, root: Path, roles: Sequence[str], source: str, download: bool) -> Found:
@@ -324,19 +283,32 @@ def read_fgvc(task, root: Path, roles: Sequence[str], source: str, download: boo
             raise Missing(f"{error}; or {by_hand}") from None
     if folder is None:
         raise Missing(f"{task.name}: no folder {root / 'fgvc' / task.name}: {by_hand}")
-    lists = {role: _fgvc_list(task, folder, role) for role in roles}
-    ids = set().union(*(listed.values() for listed in lists.values()))
-    if len(ids) < task.classes and "test" not in lists:  # else training alone knows all classes
-        ids |= set(_fgvc_list(task, folder, "test").values())
+    lists, ids = {}, set()
+    for role in (*roles, "test"):
+        if role in lists or (role not in roles and len(ids) >= task.classes):
+            continue  # the test list is read for its classes, if training lacks some
+        listing = folder / f"{role}.json"
+        try:
+            listed = json.loads(regular(listing).read_text(encoding="utf-8-sig"))
+            if not listed or not all(type(label) is int for label in listed.values()):
+                raise ValueError("a class is no integer, or the list is empty")
+        except Exception as error:  # whatever a damaged file raises
+            wrong = f"{listing} is no list like {{'<image>': <class>}} ({error})"
+            raise DataError(f"{wrong}: get it again") from None
+        count = task.sizes[ROLE_NUMBER[role]]
+        if len(listed) > count:
+            raise DataError(f"{listing} has {len(listed)} images, {task.name} has {count}")
+        lists[role] = listed
+        ids |= set(listed.values())
     if len(ids) > task.classes:
         raise DataError(f"{folder}: its lists have {len(ids)} classes, not {task.classes}")
     class_of = {name: number for number, name in enumerate(sorted(ids))}
     found = Found("lists", "lists of VPT")
-    for role, listed in lists.items():
+    for role in roles:
         where = f"{folder / role}.json"
-        found.labels[role] = [class_of[label] for label in listed.values()]
+        found.labels[role] = [class_of[label] for label in lists[role].values()]
         found.images[role] = []
-        for name in listed:
+        for name in lists[role]:
             places = [folder / sub / within(name, where) for sub in ("images", "Images", "")]
             path = next((place for place in places if place.exists()), places[-1])
             found.formats.add(image_format(path, where))
@@ -344,46 +316,26 @@ def read_fgvc(task, root: Path, roles: Sequence[str], source: str, download: boo
     return found
 
 
-def _fgvc_list(task, folder: Path, role: str) -> dict[str, int]:
-    listing = folder / f"{role}.json"
-    try:
-        listed = json.loads(regular(listing).read_text(encoding="utf-8-sig"))
-        if not listed or not all(type(label) is int for label in listed.values()):
-            raise ValueError("a class is no integer, or the list is empty")
-    except Exception as error:  # whatever a damaged file raises
-        wrong = f"{listing} is no list like {{'<image>': <class>}} ({error})"
-        raise DataError(f"{wrong}: get it again") from None
-    count = task.sizes[ROLE_NUMBER[role]]
-    if len(listed) > count:
-        raise DataError(f"{listing} has {len(listed)} images, {task.name} has {count}")
-    return listed
-
-
 # --- the table ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Task:
-    """A row of the table. `sizes`: images of train, val and test, None if it has what is there;
-    `origin`: where the original images are from; `verified`: what outside lists agree with our
-    split; `read(task, root, roles, source, download)`: its reader; `recipe`: train.py's flags if
-    left out; `original`: its original data set, where we can read that; `sources`: the sources that
-    it can be read from; `class_names`: None where unknown; `upright`: whether its images are turned
-    as their EXIF data say; `folder`: where they are, if it is a folder of one's own."""
+    """A row of the table."""
 
     name: str
     benchmark: str
     group: str
     classes: int
-    sizes: tuple[int, int, int] | None
-    origin: str
+    sizes: tuple[int, int, int] | None  # images of train, val and test; None: what is there
+    origin: str  # where the original images are from
     aliases: tuple[str, ...]
-    verified: str
-    read: Callable[..., Found]
-    recipe: dict
-    original: Original | None
+    verified: str  # what outside lists agree with our split
+    read: Callable[..., Found]  # of (task, root, roles, source, download)
+    recipe: dict  # train.py's flags if left out
+    original: Original | None  # where we can read the original data set
     sources: tuple[str, ...] = ("auto",)
-    class_names: tuple[str, ...] | None = None
-    upright: bool = False
-    folder: str | None = None
+    class_names: tuple[str, ...] | None = None  # where known
+    upright: bool = False  # whether images are turned as their EXIF data say
+    folder: str | None = None  # of one's own images
 
     @property
     def argument(self) -> str:
@@ -396,8 +348,8 @@ class Task:
 # epochs and 6 in 10, though none in 20 without masks (results/length). The rate is for 100 epochs;
 # in 10 the best was 4e-3 with masks, 4e-3 or 8e-3 without (results/real). The demo's was chosen on
 # val200 (results/masking).
-COMMON = {"model": "vit_base_patch16_224.orig_in21k", "epochs": 100, "lr": 1e-3, "drop_path": 0.0}
-COMMON |= {"augment": "none"}
+BASE = "vit_base_patch16_224.orig_in21k"
+COMMON = {"model": BASE, "epochs": 100, "lr": 1e-3, "drop_path": 0.0, "augment": "none"}
 FGVC = COMMON | {"augment": "crop"}
 DEMO = {"model": "vit_nano", "epochs": 20, "lr": 8e-3, "drop_path": 0.0, "augment": "none"}
 PRETRAINING = DEMO | {"epochs": 12, "lr": 1e-3, "drop_path": 0.1}
@@ -406,21 +358,14 @@ PRETRAINING = DEMO | {"epochs": 12, "lr": 1e-3, "drop_path": 0.1}
 def _vtab(group, name, classes, aliases, reader, place, get, *fetch, needs="", note="") -> Task:
     """A row of VTAB-1k; names in `aliases`, `place` and `needs` have spaces between."""
     original = Original(reader, tuple(place.split()), get, fetch, tuple(needs.split()), note)
-    sizes, verified = CUTS[name].sizes(), CONSTANTS["evidence"][name]
-    names = tuple(aliases.split())
-    row = name, "vtab-1k", group, classes, sizes, get, names, verified, read_vtab
-    return Task(*row, COMMON, original, ("original", "prepared"))
+    row = name, "vtab-1k", group, classes, CUTS[name].sizes(), get, tuple(aliases.split())
+    verified, sources = CONSTANTS["evidence"][name], ("original", "prepared")
+    return Task(*row, verified, read_vtab, COMMON, original, sources)
 
 
 def _fgvc(group, name, classes, sizes, origin, aliases="", original=None) -> Task:
-    verified = "originals" if original else "counts only"
-    row = name, "fgvc", group, classes, sizes, origin, tuple(aliases.split()), verified, read_fgvc
-    return Task(*row, FGVC, original)
-
-
-def _demo(name, benchmark, recipe, origin, aliases, original) -> Task:
-    row = name, benchmark, "demo", 10, CUTS[name].sizes(), origin, aliases, "", read_embedded
-    return Task(*row, recipe, original)
+    row = name, "fgvc", group, classes, sizes, origin, tuple(aliases.split())
+    return Task(*row, "originals" if original else "counts only", read_fgvc, FGVC, original)
 
 
 # fmt: off
@@ -477,14 +422,13 @@ TABLE = [
           "preprocessed, in train/ and test/) and https://storage.googleapis.com/"
           "kaggle-forum-message-attachments/90528/2877/retinopathy_solution.csv"),
     _vtab("structured", "clevr_count", 8, "clevr_count_all",
-          partial(splits.clevr, label=splits.clevr_count), *_CLEVR),
+          partial(splits.clevr, label=lambda objects: len(objects) - 3), *_CLEVR),
     _vtab("structured", "clevr_dist", 6, "clevr_closest clevr_distance",
           partial(splits.clevr, label=splits.clevr_distance), *_CLEVR),
     _vtab("structured", "dmlab", 6, "", splits.dmlab,
           "dmlab-train.tfrecord* dmlab-validation.tfrecord* dmlab-test.tfrecord*",
           "https://storage.googleapis.com/dmlab-vtab/dmlab.tar.gz (3 GB)"),
-    _vtab("structured", "kitti", 4, "kitti_dist kitti_distance",
-          partial(splits.kitti, label=splits.kitti_distance),
+    _vtab("structured", "kitti", 4, "kitti_dist kitti_distance", splits.kitti,
           "training/image_2 training/label_2 mapping/train_rand.txt mapping/train_mapping.txt",
           "https://www.cvlibs.net/datasets/kitti/eval_object.php (left colour images, labels, "
           "devkit: 13 GB)"),
@@ -504,12 +448,13 @@ TABLE = [
                    ("scipy",))),
     _fgvc("dogs", "stanford_dogs", 120, (10800, 1200, 8580), "Stanford Dogs", "dogs"),
     _fgvc("cars", "stanford_cars", 196, (7329, 815, 8041), "Stanford Cars", "cars"),
-    _demo("digits", "demo", DEMO, "embedded UCI handwritten digits", (),
-          Original(splits.digits, (), "this repository")),
-    _demo("fashion_mnist", "pretraining", PRETRAINING, "Fashion-MNIST", ("fashion",),
-          Original(splits.fashion_mnist, ("FashionMNIST/raw/train-images-idx3-ubyte",),
-                   "https://github.com/zalandoresearch/fashion-mnist (30 MB: four files, unpacked)",
-                   (datasets.FashionMNIST,))),
+    Task("digits", "demo", "demo", 10, CUTS["digits"].sizes(), "embedded UCI handwritten digits",
+         (), "", read_embedded, DEMO, Original(splits.digits, (), "this repository")),
+    Task("fashion_mnist", "pretraining", "demo", 10, CUTS["fashion_mnist"].sizes(),
+         "Fashion-MNIST", ("fashion",), "", read_embedded, PRETRAINING,
+         Original(splits.fashion_mnist, ("FashionMNIST/raw/train-images-idx3-ubyte",),
+                  "https://github.com/zalandoresearch/fashion-mnist (30 MB: four files, unpacked)",
+                  (datasets.FashionMNIST,))),
 ]
 # fmt: on
 TASKS: dict[str, Task] = {task.name: task for task in TABLE}

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import model as models
 import runs
-from data import Images, create_normalizer, find_task, load_data
+from data import create_normalizer, find_task, load_data
 from eval import evaluate
 from methods import METHODS, Method
 from mlae import hold_mask_prob
@@ -73,7 +73,7 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
     return metrics | {"run": str(folder)}  # it may have been moved
 
 
-def capture(step: Callable, model: nn.Module, images: Images, batch_size: int) -> Callable:
+def capture(step: Callable, model: nn.Module, img_size: int, batch_size: int) -> Callable:
     """`step(x, y, size)` as one CUDA graph, for batches of up to `batch_size` images.
 
     An adapted layer costs some 20 small kernels, and Python takes longer to launch them than the GPU
@@ -82,7 +82,7 @@ def capture(step: Callable, model: nn.Module, images: Images, batch_size: int) -
     and are written anew; random numbers go on as if nothing had been captured.
     """
     device = next(model.parameters()).device
-    x = torch.zeros(batch_size, 3, images.img_size, images.img_size, dtype=torch.uint8).to(device)
+    x = torch.zeros(batch_size, 3, img_size, img_size, dtype=torch.uint8, device=device)
     y = torch.zeros(batch_size, dtype=torch.long, device=device)
     size = torch.tensor(float(batch_size), device=device)
     hold_mask_prob(model)
@@ -211,6 +211,8 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
     model = models.create_model(args, find_task(args.dataset).classes).to(device)
     if args.grad_checkpoint:
         models.recompute_blocks(model)
+    if amp == "bf16":
+        models.round_frozen(model)
     normalize = create_normalizer(args, model)
     weights = models.weights_of(model, args.checkpoint, not args.no_pretrained)
     counts = models.count_parameters(model)
@@ -271,7 +273,7 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
     replay = None
     if args.graph == "auto" and can_be_captured(model, method, args, amp):
         try:
-            replay = capture(accumulate_gradients, model, train, args.batch_size)
+            replay = capture(accumulate_gradients, model, args.img_size, args.batch_size)
         except RuntimeError as error:  # as it was not to be: out of memory, or a kernel that waits
             optimizer.zero_grad()
             print(f"note: no CUDA graph, which is slower: {models.first_line(error)}")

@@ -19,7 +19,9 @@ COMMON = ["--device", "cpu", "--model", "vit_nano", "--batch-size", "8", "--imag
 def args():
     values = {"model": "vit_nano", "img_size": 28, "rank": 4, "mask_prob": 0.0, "amp": "off"}
     values |= {"compile": False, "grad_checkpoint": False, "accumulate": 1, "device": "cpu"}
-    return argparse.Namespace(**values, targets=["attn.qkv", "mlp.fc1"], batch_size=4, images=8)
+    return argparse.Namespace(
+        **values, graph=False, targets=["attn.qkv", "mlp.fc1"], batch_size=4, images=8
+    )
 
 
 def test_a_step_trains_what_the_method_trains_and_nothing_else(args, monkeypatch):

@@ -46,10 +46,7 @@ def captured(layer, x):
         found.copy_(layer.coefficients().detach())
         layer(x).sum().backward()
 
-    class View:
-        img_size = 2
-
-    return train.capture(step, layer, View(), 1), found
+    return train.capture(step, layer, 2, 1), found
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])

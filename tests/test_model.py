@@ -389,3 +389,19 @@ def test_merged_model_is_timms(nano, images):
     once = merged.state_dict()
     assert all(torch.equal(v, once[k]) for k, v in models.merge(merged).state_dict().items())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_frozen_matrices_in_bf16_give_what_autocast_gives(nano, images):
+    net = nano(targets=["attn.qkv"])
+    held = copy.deepcopy(net)
+    models.round_frozen(held)
+    assert held.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert held.blocks[0].attn.qkv.weight.dtype == held.head.weight.dtype == torch.float32
+    outputs = []
+    for one in (net, held):
+        with torch.autocast("cpu", torch.bfloat16), torch.random.fork_rng():
+            outputs.append(one.train()(images))
+        outputs[-1].float().square().sum().backward()
+    assert torch.equal(*outputs)
+    layers = [list(models.adapters(one).values())[0] for one in (net, held)]
+    assert torch.equal(*(layer.lora_A.grad for layer in layers))

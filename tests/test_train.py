@@ -516,8 +516,8 @@ def test_the_command_itself_under_torchrun(tmp_path):
 
 @pytest.mark.parametrize("words", [["--mask-schedule", "increase"], ["--method", "rmlora"]])
 def test_a_step_that_is_replayed_trains_as_an_eager_one(run, monkeypatch, words):
-    def stand_in(step, model, images, batch_size):  # for a CUDA graph, which there is not here
-        x = torch.zeros(batch_size, 3, images.img_size, images.img_size, dtype=torch.uint8)
+    def stand_in(step, model, img_size, batch_size):  # for a CUDA graph, which there is not here
+        x = torch.zeros(batch_size, 3, img_size, img_size, dtype=torch.uint8)
         y, size = torch.full((batch_size,), train.PADDING), torch.tensor(1.0)
         train.hold_mask_prob(model)
 
