@@ -67,6 +67,7 @@ class Images(Dataset):
     source = description = role = ""  # original, prepared, lists, embedded or folder; train, ...
     official = False  # as far as can be proven the benchmark's own split (of a folder: all of it)
     left_out = 0  # images of a folder that could not be read
+    are_others = False  # than those that a run was scored on
     folder: str | None = None  # of one's own images
     class_names: Sequence[str] | None = None
     digests: dict[str, str] = {}  # sha256 of the keys, or labels, of each slice
@@ -173,21 +174,24 @@ class Images(Dataset):
         paths = [path.relative_to(self.folder).as_posix() for path in self.files]
         return [(path, self.class_names[i]) for path, i in zip(paths, self.labels, strict=True)]
 
-    def digest(self, here: bool = False) -> str:
-        """A digest of labels and images, these by value, or by name and length of their files: the
-        same wherever and whenever they are read, and at every image size. With `here`, for a run's
-        state, also of the size, and of where the files lie and when they were changed."""
-        digest = hashlib.sha256(f"{self.img_size} {self.short}".encode() if here else b"")
-        digest.update(self.labels.numpy())
-        folders = [item.parent for item in self.files if isinstance(item, Path)]
-        top = os.path.commonpath(folders) if folders else ""
+    def digest(self) -> str:
+        """A digest of labels and images in order, these by value, or by `contents` of their files:
+        the same wherever and whenever they are read, and at every image size."""
+        digest = hashlib.sha256(self.labels.numpy())
         for item in self.files:
             if isinstance(item, Path):
-                size, time = item.stat().st_size, item.stat().st_mtime_ns
-                line = f"{item} {size} {time}" if here else f"{item.relative_to(top)} {size}"
-                item = os.fsencode(f"{line}\n")
+                item = contents(item)
             digest.update(item if isinstance(item, bytes) else item.tobytes())
         return digest.hexdigest()
+
+
+def contents(path: Path) -> bytes:
+    """What tells a file from others: its length, its first and its last 4 KiB."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 4096))
+        return b"%d " % length + head + file.read()
 
 
 def with_numbers_of(key: str, transform: Callable, image):
@@ -393,7 +397,7 @@ def unreadable(files: Sequence[Path]) -> dict[Path, str]:
 
 
 def identify(own: dict, dataset: str, out: str | os.PathLike) -> dict:
-    """A run's identity with its folder's name, and a digest of its files' names and sizes, so that
+    """A run's identity with its folder's name, and a digest of its files' names and contents, so that
     it may lie anywhere; of a task in the table without the flags that are for folders."""
     if not os.path.isabs(dataset):
         unread = own.keys() & set(FOLDER_FLAGS)
@@ -406,9 +410,8 @@ def identify(own: dict, dataset: str, out: str | os.PathLike) -> dict:
         raise DataError(f"--out {out} lies among the images of {folder}: name another folder")
     for name, part in find_parts(folder)[0].items():
         for path, _ in part:
-            size = path.stat().st_size if path.exists() else 0
-            where = path.relative_to(folder).as_posix()
-            digest.update(os.fsencode(f"{name} {where} {size}\n"))
+            digest.update(os.fsencode(f"{name} {path.relative_to(folder).as_posix()}\n"))
+            digest.update(contents(path) if path.is_file() else b"")
     return own | {"dataset": printable(folder.name), FOLDER: digest.hexdigest()}
 
 

@@ -41,6 +41,7 @@ from methods import MAIN, MASKINGS, METHODS, SCHEDULES
 from mlae import PATTERNS
 from splits import printable, regular
 
+FOLDER = Path(__file__).resolve().parent
 AMP = ["auto", "bf16", "fp16", "off"]
 DEVICES = ["auto", "cpu", "cuda", "mps"]
 LARGEST = 4096  # side of an image in pixels
@@ -384,19 +385,27 @@ def peak_memory_mb(device: torch.device) -> int | None:
     return int(found[1]) >> 10 if found else None
 
 
+def code_digest() -> str:
+    """What tells the code that makes a run from another: a result belongs to the code that made it."""
+    names = "mlae methods model splits tasks data runs train".split()
+    texts = [(FOLDER / f"{name}.py").read_bytes() for name in names]
+    return hashlib.sha256(b"\n".join(texts)).hexdigest()[:12]
+
+
 def provenance(device: torch.device) -> dict:
     """The machine and the code of a run: device, number of processes that share it, versions, git
-    commit (None outside a clone)."""
+    commit (None outside a clone) and digest of the code."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"torchvision": torchvision.__version__, "timm": timm.__version__}
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(FOLDER), "rev-parse", "HEAD"]
     try:
         commit = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"device": name, "processes": world_size(), "versions": versions, "git": commit}
+    machine = {"device": name, "processes": world_size(), "versions": versions}
+    return machine | {"git": commit, "code": code_digest()}
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ import data
 import runs
 import train
 from methods import METHODS
-from model import find_method
+from model import few, find_method
 from runs import RunError, shown
 from splits import printable
 
@@ -134,7 +134,8 @@ def row_of(folder: str | Path, out: str | Path) -> dict:
     row |= {"similarity": last.get("similarity"), "train_top1": last.get("train_top1")}
     row |= {"train_loss": last.get("loss"), "run": folder.relative_to(out).as_posix()}
     row |= {"device": config.get("device"), "processes": config.get("processes")}
-    return row | config.get("versions", {}) | {"commit": config.get("git")}
+    row |= config.get("versions", {})
+    return row | {"commit": config.get("git"), "code": config.get("code")}
 
 
 def read_table(path: Path) -> list[dict]:
@@ -346,7 +347,7 @@ def natural(words: str) -> list:
 
 
 # --- the table ------------------------------------------------------------------------------------
-def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = ()) -> list[dict]:
+def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = (), searched=False) -> list[dict]:
     """A row for each task and configuration of `read_runs`, and for each mean of tasks: `top1` (%)
     over n seeds, `std`, their sample standard deviation, `scores` by seed. `official`: all data are
     the benchmark's own, and all `of` tasks of a mean are there with the same seeds.
@@ -371,6 +372,12 @@ def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = ()) -> list[dict]:
             values = sorted(set(map(shown, same[name])))
             if len(values) > 1:
                 raise RunError(f"--choose {name}: {task}, seed {seed}, has {' and '.join(values)}")
+    hidden = found[found.duplicated(place, keep="last")]
+    if len(hidden):
+        names = few(list(hidden["run"]))
+        print(printable(f"note: newer runs of the same settings hide {names}"), file=sys.stderr)
+    on_val = found[found["split"] == "val"]
+    tried = set(zip(on_val["task"], on_val["method"], strict=True))
     found = found.drop_duplicates(place, keep="last")
 
     # --- rows of tasks and of means ---
@@ -411,6 +418,7 @@ def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = ()) -> list[dict]:
                     row["group"] = group_of.get(what, benchmark)
                     if split == "test":
                         row["chosen"] = {flag: same[flag].iloc[0] for flag in chosen}
+                row["searched"] = searched or (what, given["method"]) in tried
                 if n and values.isna().any(axis=None):  # the tasks have not the same seeds
                     mean = values.mean().groupby(part_of).mean().mean()
                     row["top1"] = round(float(mean), 2)
@@ -474,7 +482,10 @@ def tabulate(rows: list[dict], form: str = "markdown") -> str:
         for row in tasks:
             words = ", ".join(f"{name} {shown(value)}" for name, value in row["chosen"].items())
             if words:
-                lines.append(f"{row['task']}, {row['configuration']}: {words} chosen on val200")
+                how = (
+                    "chosen on val200" if row["searched"] else "as run; no search is in this table"
+                )
+                lines.append(f"{row['task']}, {row['configuration']}: {words} {how}")
         if not all(row["official"] for row in tasks):
             lines.append(f"* a subset of {benchmark} or not its official images; in no mean.")
         blocks.append("\n".join(dict.fromkeys(lines)))  # each once
@@ -550,7 +561,10 @@ def main(argv: list[str] | None = None) -> None:
             raise RunError(f"--table: there is no finished run in {' '.join(paths)}")
         for name in set(names) - set(found):
             raise RunError(f"--choose {name}: a run has no such flag")
-        rows = rows_of(found, names)
+        codes = set(found.get("code", ()))
+        if len(codes) > 1:
+            print(f"note: these runs come from {len(codes)} versions of the code", file=sys.stderr)
+        rows = rows_of(found, names, searched=not paths)
         if against:
             compare(rows, against)
         print(tabulate(rows, form))

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import model as models
 import runs
-from data import create_normalizer, find_task, load_data
+from data import DataError, create_normalizer, find_task, load_data
 from eval import evaluate
 from methods import METHODS, Method
 from mlae import hold_mask_prob
@@ -51,12 +51,14 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 def finished(folder: Path, args: argparse.Namespace) -> dict | None:
     """The metrics of a run that has ended; None if there is none that can be read, or it is to be
-    overwritten. RunError if the folder holds a run of other arguments: defaults have changed."""
+    overwritten. RunError if the folder holds a run of other arguments, as defaults have changed, or
+    of other code; a suite, which goes on, says so and takes it."""
     try:
         metrics = runs.read_json(folder / "metrics.json")
-        then = runs.read_json(folder / "config.json").get("arguments")
+        config = runs.read_json(folder / "config.json")
     except RunError:  # none yet, or damaged
         return None
+    then = config.get("arguments")
     scored = "val_top1" if args.val else "test_top1"
     lacking = {"official", "digest", "images", scored} - metrics.keys()
     if lacking or not isinstance(then, dict) or args.overwrite:
@@ -67,6 +69,11 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
             flag = f"--{name.replace('_', '-')}"
             was = f"{folder} was run with {flag} {then[name]}, the default of its time"
             raise RunError(f"{was}; now it is {value}: take another --out, or --overwrite")
+    if config.get("code") != runs.code_digest():
+        other = f"{folder} was made by other code than today's"
+        if args.resume is not None:
+            raise RunError(f"{other}: --overwrite runs it again, another --out keeps it")
+        print(f"note: {other}", file=sys.stderr)
     with suppress(OSError):  # it may have been killed before it did so
         (folder / "state.pt").unlink(missing_ok=True)
     print(f"finished before (--overwrite runs it again): {folder}")
@@ -132,17 +139,21 @@ def save_state(path: Path, weights: dict, optimizer, scaler, digest: str, progre
 
 def restore(path: Path, model: nn.Module, optimizer, scaler, digest: str) -> dict:
     """Load what `save_state` wrote, if it is there, and return the progress, {"epoch": epochs done,
-    "rows": of the log, "seconds": of training}; all nothing if there is no state or its training
-    images are not these. Raises RunError for a file that cannot be read."""
+    "rows": of the log, "seconds": of training}; all nothing if there is no state. Raises DataError if
+    its training images are not these, RunError for a file that cannot be read."""
     nothing = {"epoch": 0, "rows": [], "seconds": 0.0}
     if not broadcast(path.exists()):
         return nothing
     with runs.reading(path, "remove it to start anew; "):
         state = torch.load(regular(path), map_location="cpu", weights_only=True)
         progress, moments, rng = state["progress"], state["optimizer"]["state"], state["rng"]
-        if broadcast(state["digest"] != digest):
-            print(f"the training images are not those of {path}: starting anew")
-            return nothing
+        is_other = broadcast(state["digest"] != digest)
+    if is_other:
+        stopped = (
+            f"{path.parent} was stopped after epoch {progress['epoch']} on other training images"
+        )
+        raise DataError(f"{stopped}: put them back, or start anew with --overwrite")
+    with runs.reading(path, "remove it to start anew; "):
         models.load_strictly(model, state["weights"], models.adapter_state(model), "it")
         groups = optimizer.state_dict()["param_groups"]  # as the run's settings make them
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -169,11 +180,8 @@ def run(args: argparse.Namespace, load: Callable = load_data) -> dict:
     # the same settings and the same checkpoint give the same folder
     own = runs.identity(args, runs.usual(args)) | METHODS[args.method].signature()
     folder = runs.run_folder(args.out, own)
-    metrics = broadcast(finished(folder, args))
-    if not metrics or not metrics["official"]:
-        with runs.claim(folder):
-            metrics = metrics or broadcast(finished(folder, args))  # another process, a moment ago
-            metrics = train_and_score(args, folder, own, metrics, load)
+    with runs.claim(folder):
+        metrics = train_and_score(args, folder, own, broadcast(finished(folder, args)), load)
     if process_rank() == 0:
         split = "test" if "test_top1" in metrics else "val"
         scored = f"{metrics[f'{split}_top1']:.2f} % ({metrics['images']} images)"
@@ -195,13 +203,21 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
     amp = runs.resolve_amp(args.amp, device)
 
     # --- data ---
-    if process_rank() == 0:
-        train, test = load(args)
-    broadcast(None)  # the first rank has downloaded what all need
-    if process_rank():
-        train, test = load(args)
-    if before and before["digest"] == test.digest():  # a subset may have grown since
+    try:
+        if process_rank() == 0:
+            train, test = load(args)
+        broadcast(None)  # the first rank has downloaded what all need
+        if process_rank():
+            train, test = load(args)
+    except DataError as error:
+        if before is None:
+            raise
+        print(f"note: the result is not compared with its images: {error}", file=sys.stderr)
         return before
+    if before and before["digest"] == test.digest():
+        return before
+    if before:
+        print(f"note: {folder} was scored on other images: it is run again", file=sys.stderr)
     if train.source == "embedded" and args.data_dir != str(Path("data").absolute()):
         hint = "--data-dir is not read; name what to train on with --dataset"
         print(f"note: --dataset {args.dataset} is in this repository, {hint}", file=sys.stderr)
@@ -242,7 +258,7 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
     print("{trainable:,} of {total:,} parameters train, {head:,} in the head".format(**counts))
 
     # --- training ---
-    digest = train.digest(here=True)
+    digest = train.digest()
     done = restore(state, model, optimizer, scaler, digest)
     first = step = done["epoch"] * steps_per_epoch
     models.train_mode(model)

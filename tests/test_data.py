@@ -274,7 +274,6 @@ def test_digest_is_of_the_data_alone(birds, tmp_path):
     shutil.copytree(birds / "fgvc", root / "fgvc")  # at another place and time
     for here, away in zip(load("cub", birds), load("cub", root, img_size=8), strict=True):
         assert here.digest() == away.digest()
-        assert here.digest(here=True) != away.digest(here=True)
     train, test = (images.digest() for images in load("cub", root))
     listing = root / "fgvc/CUB_200_2011/test.json"
     listing.write_text(listing.read_text().replace('test3.jpg": 10', 'test3.jpg": 4'))

@@ -76,6 +76,23 @@ def test_what_is_no_run_and_a_merged_model_that_differs(run, capsys, tmp_path, m
     assert score_again(capsys, metrics["run"])[0] == 1
 
 
+def test_an_adapter_of_another_run_is_refused_and_another_score_is_a_failure(run, capsys):
+    one, two = (Path(run("--method", name, "--epochs", 1)["run"]) for name in ("mlae", "lora"))
+    adapter = (one / "adapter.safetensors").read_bytes()
+    (one / "adapter.safetensors").write_bytes((two / "adapter.safetensors").read_bytes())
+    code, _, err = score_again(capsys, one)
+    assert code == 2 and "another run" in err
+    (one / "adapter.safetensors").write_bytes(adapter)
+    metrics = json.loads((one / "metrics.json").read_text())
+    (one / "metrics.json").write_text(json.dumps(metrics | {"test_top1": 3.0}))
+    assert score_again(capsys, one)[0] == 1
+
+
+def test_a_run_on_random_weights_is_rebuilt_by_its_seed(run, capsys):
+    words = "--no-pretrained", "--method", "linear", "--seed", 3, "--epochs", 1
+    assert score_again(capsys, run(*words)["run"])[0] == 0
+
+
 def test_scores_against_their_formulas():
     logits, labels = 3 * torch.randn(200, 7), torch.randint(0, 6, (200,))
     labels[labels == 2] = 3  # classes 2 and 6 do not occur

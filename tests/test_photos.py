@@ -218,9 +218,41 @@ def test_a_run_and_its_lists(flat, run, capsys):
     assert scored_again(folder, "--data-dir", str(moved))
     model, _ = evaluation.load_run(folder)  # needs no image
     assert model.num_classes == 2
-    fill(moved, "horse", first=3)
+    fill(moved, "horse", first=3)  # a new class, and more images: the run's list is what counts
+    fill(moved, "dog", first=7)
+    capsys.readouterr()
+    assert scored_again(folder, "--data-dir", str(moved))
+    out, err = capsys.readouterr()
+    assert "4 images" in out and not err
+    (moved / tested[0]["path"]).unlink()
     assert not scored_again(folder, "--data-dir", str(moved))
-    assert "other classes" in capsys.readouterr().err
+    assert tested[0]["path"] in capsys.readouterr().err
+
+
+def test_a_folder_is_scored_whole_by_the_names_of_its_classes(flat, run, tmp_path, capsys):
+    folder = Path(run("--dataset", flat, *NANO)["run"])
+    other = fill(tmp_path / "other", "dog", count=3, first=5)
+    answers = tmp_path / "answers.csv"
+    assert scored_again(folder, "--test", str(other), "--predictions", str(answers))
+    assert "3 images of 1 classes" in capsys.readouterr().out
+    rows = read_csv(answers)
+    assert [row["label"] for row in rows] == ["dog"] * 3
+    assert sorted(row["image"] for row in rows) == ["dog/0.png", "dog/1.png", "dog/2.png"]
+    fill(other, "horse", first=3)
+    assert not scored_again(folder, "--test", str(other))
+    assert "horse" in capsys.readouterr().err
+
+
+def test_exchanged_images_of_the_same_names_and_sizes_are_another_folder(flat):
+    own = data.identify({}, str(flat), "runs")
+    one, two = flat / "cat/0.png", flat / "dog/0.png"
+    save(one, 1)
+    save(two, 1)
+    assert data.identify({}, str(flat), "runs") != own
+    own = data.identify({}, str(flat), "runs")
+    content = one.read_bytes()
+    one.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert data.identify({}, str(flat), "runs") != own
 
 
 def test_where_a_folder_lies_is_not_what_it_is(flat, run, tmp_path, capsys):

@@ -348,3 +348,20 @@ def test_a_damaged_result_is_left_out_in_one_line(call, capsys, damage):
     out, err = capsys.readouterr()
     assert table(out)["mlae"] == ["60.00 (1)"] and (out + err).replace("\n", "").isprintable()
     assert err.count("\n") == 1 and str(folder) in err
+
+
+def test_a_table_says_what_it_does_not_show(call, capsys):
+    for lr in (0.1, 0.2):
+        ran("svhn", 0, 90.0, val=True, lr=lr)
+    old = ran("svhn", 0, 80.0, lr=0.1)["run"]
+    ran("svhn", 0, 81.0, lr=0.1)
+    ran("dtd", 0, 70.0, lr=0.1)  # as it was run: nothing was searched for it
+    config = Path(old, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"code": "other"}))
+    suite.main(["--table", "runs", "--choose", "lr"])
+    out, err = capsys.readouterr()
+    assert f"hide {Path(old).relative_to('runs')}" in err and "2 versions of the code" in err
+    assert [line.split(": ")[0] for line in out.splitlines() if "chosen on" in line] == [
+        "svhn, mlae"
+    ]
+    assert "dtd, mlae: lr 0.1 as run" in out

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import data
 import eval as evaluation
 import methods
 import model as models
+import runs
 import train
 
 FILES = {"config.json", "log.csv", "metrics.json", "adapter.safetensors"}
@@ -268,13 +270,44 @@ def relabel(birds, name):
     path.write_text(path.read_text().replace(": 4", ": 7"))
 
 
-def test_resume_only_on_the_same_images(run, birds, monkeypatch):
+def test_progress_goes_on_with_the_same_images_wherever_they_are(run, birds, monkeypatch):
+    whole = run(*BIRDS, birds, "--out", "whole")
     interrupted(monkeypatch, run, *BIRDS, birds)
+    shutil.copytree(birds / "fgvc", birds / "node" / "fgvc")  # another place, another time
+    assert_same_run(run(*BIRDS, birds / "node", "--resume"), whole)
+
+
+def test_progress_on_other_images_is_kept_until_it_is_overwritten(run, birds, monkeypatch, capsys):
+    interrupted(monkeypatch, run, *BIRDS, birds)
+    (state,) = Path().rglob("state.pt")
+    before = state.read_bytes()
     relabel(birds, "train.json")
-    again, fresh = run(*BIRDS, birds, "--resume"), run(*BIRDS, birds, "--out", "fresh")
+    with pytest.raises(SystemExit):
+        run(*BIRDS, birds, "--resume")
+    assert "--overwrite" in capsys.readouterr().err and state.read_bytes() == before
+    again, fresh = run(*BIRDS, birds, "--overwrite"), run(*BIRDS, birds, "--out", "fresh")
     assert_same_run(again, fresh)
-    relabel(birds, "test.json")  # the result is no longer this one
-    assert run(*BIRDS, birds, "--resume")["digest"] != again["digest"]
+
+
+def test_a_result_on_other_test_images_is_not_this_runs(run, birds):
+    digest = run(*BIRDS, birds)["digest"]
+    images = birds / "fgvc/CUB_200_2011/images"
+    path = next(images.glob("*/test*.jpg"))
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1  # the same name and length
+    path.write_bytes(content)
+    assert run(*BIRDS, birds)["digest"] != digest
+
+
+def test_a_result_of_other_code_is_never_taken_in_silence(run, capsys, monkeypatch):
+    first = run()
+    assert run() == first  # finished before
+    monkeypatch.setattr(runs, "code_digest", lambda: "other")
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    assert run("--overwrite")["test_loss"] == first["test_loss"]
+    assert config_of(first)["code"] == "other"
 
 
 # --- errors ---------------------------------------------------------------------------------------
