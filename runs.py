@@ -268,7 +268,7 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--val", "to choose settings: train on 800, score val200", **on)
     flag("--amp", "mixed precision; auto: bf16 on CUDA", choices=AMP, default="auto")
     flag("--compile", "torch.compile (takes longer than the demo)", **on)
-    words = "auto: on CUDA a step is one CUDA graph, which saves the launches"
+    words = "auto: on CUDA forward and backward are one CUDA graph, which saves launches"
     flag("--graph", words, choices=["auto", "off"], default="auto")
     flag("--grad-checkpoint", "recompute blocks: less memory, more time", **on)
     words = "split each batch into N parts (less memory); each draws its own mask"

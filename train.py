@@ -289,7 +289,8 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
     replay = None
     if args.graph == "auto" and can_be_captured(model, method, args, amp):
         try:
-            replay = capture(accumulate_gradients, model, args.img_size, args.batch_size)
+            largest = min(args.batch_size, len(train))
+            replay = capture(accumulate_gradients, model, args.img_size, largest)
         except RuntimeError as error:  # as it was not to be: out of memory, or a kernel that waits
             optimizer.zero_grad()
             print(f"note: no CUDA graph, which is slower: {models.first_line(error)}")
