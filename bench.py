@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
             mfu = None if row["mfu"] is None else f"{100 * row['mfu']:.1f}"
             line = {"method": row["method"], "ms/step": f"{1e3 * row['seconds']:.1f}"}
             line |= {"images/s": f"{row['images_per_s']:.1f}", "memory MiB": row["memory_mb"]}
-            line |= {"GFLOP": f"{row['gflops']:.0f}", "MFU %": mfu}
+            line |= {"GFLOP": f"{row['gflops']:.3g}", "MFU %": mfu}
             for name in filter(row.get, [f"over {other}" for other in OTHERS]):
                 line[name] = "{1:.3f} ({0:.3f}-{2:.3f})".format(*row[name])
             lines.append(line)

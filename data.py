@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import re
 import sys
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,7 @@ NORMALIZE = {  # channel mean and std
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+STRIPE = 50  # a side over the other above which an image is no photo
 FEW_PIXELS = 5e6  # are decoded before a worker process has started
 
 
@@ -97,11 +99,7 @@ class Images(Dataset):
         item = self.items[i]
         try:
             image = open_image(item)
-            if self.upright:
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-                    image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            image = image.convert("RGB")
+            image = (as_photo(image) if self.upright else image).convert("RGB")
         except Exception as error:  # whatever a damaged file makes Pillow raise
             raise DataError(f"cannot read image {tasks.name_of(item)}: {error}") from error
         return TF.resize(image, [self.short] if self.short else [self.img_size] * 2, BICUBIC)
@@ -164,10 +162,21 @@ class Images(Dataset):
         # with a generator of its own, else an epoch draws from the run's numbers
         options = {"num_workers": workers, "generator": torch.Generator()}
         options["multiprocessing_context"] = "fork" if workers else None
-        for batch in DataLoader(rows, batch_size=None, collate_fn=read, **options):
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+        done = 0
+        try:
+            for batch in DataLoader(rows, batch_size=None, collate_fn=read, **options):
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+                done += batch_size
+        except RuntimeError as error:
+            if not workers or "worker" not in str(error):
+                raise
+            why = "out of shared memory? (Docker: --shm-size 2g)"
+            print(
+                f"note: a decoding process died, {why}: the main process goes on", file=sys.stderr
+            )
+            yield from self.batches(batch_size, 0, order[done:], seed)
 
     def rows(self) -> list[tuple[str, str]]:
         """(path in its folder, class) of each image of a folder of one's own."""
@@ -183,6 +192,20 @@ class Images(Dataset):
                 item = contents(item)
             digest.update(item if isinstance(item, bytes) else item.tobytes())
         return digest.hexdigest()
+
+
+def as_photo(image: Image.Image) -> Image.Image:
+    """A photo as its EXIF orientation says, in 8 bits. ValueError for a stripe, which would take much
+    memory before its centre is cut out, and for pixels whose range no file says."""
+    has_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+    if max(image.size) > STRIPE * min(image.size):
+        raise ValueError(f"a stripe of {image.width} x {image.height} pixels")
+    if image.mode in ("I", "F") and not has_16_bits:
+        raise ValueError("pixels of 32 bits: save it with 8 or 16")
+    image = ImageOps.exif_transpose(image)
+    if has_16_bits:  # Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image
 
 
 def contents(path: Path) -> bytes:
@@ -260,10 +283,15 @@ class FolderSplit:
     skip_bad: bool = False
 
 
+def nfc(name: str) -> str:
+    """A file's name as every system writes it: a Mac takes the dots off its letters (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
 def entries(folder: Path, folders: bool) -> list[Path]:
     """What is in a folder, in order, without what is hidden: its folders, or all else."""
     try:
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        names = sorted(os.listdir(folder), key=nfc) if folder.is_dir() else []
     except OSError as error:
         raise DataError(f"cannot read the folder {folder}: {error.strerror}") from error
     paths = [folder / name for name in names if not name.startswith(".")]
@@ -294,17 +322,17 @@ def split_folders(folder: Path) -> dict[str, Path]:
 def find_parts(folder: Path) -> tuple[dict[str, Part], list[Path]]:
     """The images of each part of the split that the folder has, and the other files."""
     folders, parts, others = split_folders(folder), {}, []
-    classes = [path.name for path in entries(folders["train"], folders=True)]
+    classes = [nfc(path.name) for path in entries(folders["train"], folders=True)]
     above = frozenset(path.resolve() for path in folders.values())
     for name, place in folders.items():
         parts[name] = []
         others += entries(place, folders=False)
         for path in entries(place, folders=True):
-            if path.name not in classes:
+            if nfc(path.name) not in classes:
                 raise DataError(f"{path}: the class is not in {folders['train']}")
             for file in files_below(path, above):
                 if file.suffix.lower() in ENDINGS:  # what it holds is seen later
-                    parts[name].append((file, classes.index(path.name)))
+                    parts[name].append((file, classes.index(nfc(path.name))))
                 else:
                     others.append(file)
     return parts, others
@@ -323,7 +351,7 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
         return printable(few([path.relative_to(folder).as_posix() for path in paths]))
 
     def place(image: tuple[Path, int]) -> bytes:  # by its name, so that new images move few others
-        name = image[0].relative_to(folder).as_posix()
+        name = nfc(image[0].relative_to(folder).as_posix())
         return hashlib.sha256(os.fsencode(f"{how.seed} {name}")).digest()
 
     # --- which image is of which part ---
@@ -351,8 +379,8 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
     # --- what cannot be read, what is missing, what is there twice ---
     bad = unreadable([path for path, _ in sum(parts.values(), [])])
     if bad:
-        reason = next(iter(bad.values()))
-        what = f"{len(bad)} files of {folder} are no readable images: {names([*bad])} ({reason})"
+        reasons = few([f"{names([path])} ({why})" for path, why in bad.items()])
+        what = f"{len(bad)} files of {folder} are no readable images: {reasons}"
         if not how.skip_bad:
             raise DataError(f"{what}; mend or remove them, or leave them out: --skip-bad-images")
         print(f"left out: {printable(what)}", file=sys.stderr)
@@ -386,9 +414,11 @@ def unreadable(files: Sequence[Path]) -> dict[Path, str]:
         try:
             with open_image(path) as image:
                 image.draft("RGB", (64, 64))
-                ImageOps.exif_transpose(image)
+                as_photo(image)
+        except Image.DecompressionBombError:
+            return f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller"
         except Exception as error:  # whatever a damaged file makes Pillow raise
-            return type(error).__name__
+            return str(error) if type(error) is ValueError else type(error).__name__
         return ""
 
     with ThreadPoolExecutor(CORES) as pool:
@@ -410,9 +440,10 @@ def identify(own: dict, dataset: str, out: str | os.PathLike) -> dict:
         raise DataError(f"--out {out} lies among the images of {folder}: name another folder")
     for name, part in find_parts(folder)[0].items():
         for path, _ in part:
-            digest.update(os.fsencode(f"{name} {path.relative_to(folder).as_posix()}\n"))
+            where = nfc(path.relative_to(folder).as_posix())
+            digest.update(os.fsencode(f"{name} {where}\n"))
             digest.update(contents(path) if path.is_file() else b"")
-    return own | {"dataset": printable(folder.name), FOLDER: digest.hexdigest()}
+    return own | {"dataset": printable(nfc(folder.name)), FOLDER: digest.hexdigest()}
 
 
 # --- tasks ----------------------------------------------------------------------------------------
@@ -442,16 +473,16 @@ def find_task(name: str, folder_split: FolderSplit = FolderSplit()) -> Task:
             raise DataError(f"{name} is a suite of tasks: python suite.py --dataset {key}")
         near = difflib.get_close_matches(key, [*names, *SUITES], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(TASKS)}"
-        raise DataError(f"unknown dataset {name!r}, and there is no such folder: {hint}")
+        raise DataError(f"--dataset {name}: no such folder, and no task of that name; {hint}")
     folder = Path(os.path.abspath(name))
     if not folder.is_dir():
         raise DataError(f"--dataset {name} is not there, or no folder with a folder for each class")
     places = entries(split_folders(folder)["train"], folders=True)
-    classes = tuple(printable(path.name) for path in places)
+    classes = tuple(printable(nfc(path.name)) for path in places)
     if len(classes) < 2:
         need = "it needs <class>/* or train/<class>/*, two or more"
         raise DataError(f"{folder} has {len(classes)} folders for a class: {need}")
-    row = printable(folder.name), OWN, OWN, len(classes), None, str(folder), (), ""
+    row = printable(nfc(folder.name)), OWN, OWN, len(classes), None, str(folder), (), ""
     reader, own = partial(read_folder, how=folder_split), {"folder": str(folder)}
     return Task(*row, reader, FOLDER_RECIPE, None, class_names=classes, upright=True, **own)
 

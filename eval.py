@@ -182,7 +182,8 @@ def images_to_test(place: Path, config: dict) -> Images:
     task = data.TASKS.get(args.dataset)
     names = class_names(config, task.classes if task else 0)
     folders = data.entries(place, folders=True)
-    unknown = [path.name for path in folders if printable(path.name) not in names]
+    known = {path: printable(data.nfc(path.name)) for path in folders}
+    unknown = [name for name in known.values() if name not in names]
     if unknown:
         few = models.few(unknown)
         raise DataError(f"--test {place}: the run does not know the classes {few}")
@@ -190,7 +191,7 @@ def images_to_test(place: Path, config: dict) -> Images:
     for path in folders:
         own = [file for file in data.files_below(path) if file.suffix.lower() in data.ENDINGS]
         files += own
-        labels += [names.index(printable(path.name))] * len(own)
+        labels += [names.index(known[path])] * len(own)
     if not files:
         raise DataError(f"--test {place}: there is no folder of a class with images in it")
     images = Images(files, labels, args.img_size, augment=args.augment, upright=True)
@@ -206,12 +207,17 @@ def images_to_predict(place: Path, img_size: int, augment: str) -> Images:
     `augment` are as for `Images`. Raises DataError if there is none."""
     files, bad = [place], {}
     if place.is_dir():
-        files = [path for path in data.files_below(place) if path.suffix.lower() in data.ENDINGS]
+        every = data.files_below(place)
+        files = [path for path in every if path.suffix.lower() in data.ENDINGS]
+        if len(files) < len(every):
+            others = models.few([path.name for path in every if path not in set(files)])
+            words = f"note: {len(every) - len(files)} files are not read as images: {others}"
+            print(printable(words), file=sys.stderr)
         bad = data.unreadable(files)
         files = [path for path in files if path not in bad]
     elif not place.is_file():
         raise DataError(f"--predict: there is no image and no folder {place}")
-    names = models.few([path.name for path in bad])
+    names = printable(models.few([f"{path.name} ({why})" for path, why in bad.items()]))
     if not files:
         what = f"it cannot read {names}" if bad else " ".join(data.ENDINGS)
         raise DataError(f"--predict: no readable image in {place} ({what})")
@@ -414,6 +420,8 @@ def score_or_predict(args: argparse.Namespace, model: nn.Module, config: dict) -
     # --- each image ---
     if isinstance(images.files[0], Path):
         names = [path.as_posix().removeprefix(f"{root.as_posix()}/") for path in images.files]
+        # a table program would take a name that begins so for a formula
+        names = [f"./{name}" if name[0] in "=+-@" else name for name in names]
     else:
         names = [str(i) for i in range(len(images))]
     k = min((args.top_k or 5) if place else 1, len(classes))
@@ -429,7 +437,7 @@ def score_or_predict(args: argparse.Namespace, model: nn.Module, config: dict) -
         with new_file(args.predictions, "--predictions") as draft:  # of any file name
             draft.write_text(table.getvalue(), "utf-8", "surrogateescape", newline="")
     elif place and place.is_dir():
-        print(table.getvalue(), end="")
+        print("\n".join(map(printable, table.getvalue().splitlines())))
     elif place:
         for _, _, guess, p in rows[1:]:
             print(f"{float(p):7.2%}  {guess}")

@@ -176,9 +176,11 @@ def mlae_schedule(model: nn.Module, progress: float) -> None:
 
 
 def mlae_log(model: nn.Module) -> dict:
-    """The mean masking probability of the layers, and the similarity of their experts."""
-    rates = torch.tensor([layer.mask_prob for layer in mlae_layers(model).values()])
-    return {"mask_prob": round(rates.mean().item(), 6)} | similarity_log(model)
+    """The share of experts that a step masks, by either mask, and the similarity of the experts."""
+    kept = []
+    for layer in mlae_layers(model).values():
+        kept.append((1 - layer.mask_prob) * layer.expert_mask.mean().item())
+    return {"mask_prob": round(1 - statistics.mean(kept), 6)} | similarity_log(model)
 
 
 def similarity_log(model: nn.Module) -> dict:

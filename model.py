@@ -50,6 +50,8 @@ class ModelError(ValueError):
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its class's name if it has none."""
+    if "Weights only load failed" in str(error):  # torch goes on to say how to run what is in it
+        return "it holds more than tensors: objects that could run code"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -173,7 +175,15 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
         if path.suffix == ".npz":
             model.load_pretrained(str(path))
             return
+        with open(path, "rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                raise ValueError("it is a pointer of Git LFS, not the weights: git lfs pull")
         state = timm.models.load_state_dict(path, use_ema=False, weights_only=True)
+        for wrapper in ("teacher", "student"):  # Meta's
+            state = state.get(wrapper, state)
+        for prefix in ("module.", "_orig_mod.", "backbone."):
+            if all(key.startswith((prefix, "head", "dino_head", "ibot_head")) for key in state):
+                state = {key.removeprefix(prefix): value for key, value in state.items()}
         family = sys.modules[type(model).__module__]
         if hasattr(family, "checkpoint_filter_fn"):
             state = family.checkpoint_filter_fn(state, model)

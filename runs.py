@@ -22,6 +22,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
@@ -84,7 +85,8 @@ def one_line(script: str) -> Iterator[None]:
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout:  # it may have been closed
+            sys.stdout.flush()
         return
     except (data.DataError, models.ModelError, RunError) as error:  # a bug keeps its traceback
         message = str(error)
@@ -443,20 +445,19 @@ def read_log(path: Path) -> list[dict[str, float]]:
 def write_atomically(path: Path) -> Iterator[Path]:
     """A draft to write to. It takes the place of `path` when it is written and on the disk, or goes
     if it cannot be: RunError then, and what was there before is still there."""
-    draft = path.with_name(f"{path.name}.tmp")
     try:
-        yield draft
-        with open(draft, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        # in a folder of its own, under no name that a stranger's run could have linked elsewhere
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".draft-") as folder:
+            draft = Path(folder, path.name)
+            yield draft
+            with open(draft, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(draft, path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # as of torch.save
         if not isinstance(cause, OSError):
             raise
         raise RunError(f"--out: cannot write {path}: {cause.strerror or cause}") from error
-    finally:
-        with suppress(OSError):
-            draft.unlink()
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -482,6 +483,8 @@ def lock(path: Path, patience: float = 0.0) -> Iterator[None]:
     held = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():  # taking it would empty the file that a stranger's run points to
+            raise RunError(f"{path} is a link: remove it")
         held.acquire(timeout=patience)
     except Timeout:
         message = f"{path.parent}: another process is at it; wait for it, or take another --out"
@@ -509,8 +512,8 @@ def claim(folder: Path):
 # alone prints, scores and writes.
 def launched() -> tuple[int, int]:
     """(rank, number of ranks) as torchrun tells its processes; (0, 1) without it."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    return (int(os.environ.get("RANK", 0)), ranks) if ranks > 1 else (0, 1)
+    ranks = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    return (int(os.environ["RANK"]), ranks) if ranks > 1 else (0, 1)
 
 
 def world_size() -> int:

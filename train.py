@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -181,6 +182,8 @@ def run(args: argparse.Namespace, load: Callable = load_data) -> dict:
     own = runs.identity(args, runs.usual(args)) | METHODS[args.method].signature()
     folder = runs.run_folder(args.out, own)
     with runs.claim(folder):
+        for draft in folder.glob(".draft-*") if process_rank() == 0 else ():
+            shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
         metrics = train_and_score(args, folder, own, broadcast(finished(folder, args)), load)
     if process_rank() == 0:
         split = "test" if "test_top1" in metrics else "val"

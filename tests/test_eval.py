@@ -19,6 +19,7 @@ from test_runs import ended, fewer_digits
 import data
 import eval as evaluation
 import model as models
+import runs
 import train
 
 
@@ -300,3 +301,13 @@ def test_wrong_arguments_end_in_one_line(finished, capsys, words, named, monkeyp
     assert code == 2 and err.count("\n") == 1 and err.strip().isprintable(), err
     assert named in err
     assert sorted(finished.rglob("*")) == before
+
+
+def test_scores_are_taken_in_the_precision_and_with_the_means_of_the_run(nano):
+    net, images = nano(), data.load("digits", img_size=28)[1]
+    normalize = data.normalizer(*data.NORMALIZE["imagenet"], "cpu")
+    one, two = (evaluation.evaluate(net, images, normalize, amp=amp) for amp in ("off", "bf16"))
+    assert one["loss"] != two["loss"] and one["loss"] == pytest.approx(two["loss"], rel=0.02)
+    net.pretrained_cfg = net.pretrained_cfg | {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    args = train.settle(runs.train_parser().parse_args(["--normalize", "model"]))
+    assert data.mean_and_std(args, net) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

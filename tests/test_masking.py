@@ -179,3 +179,9 @@ def test_the_logged_similarity_is_the_mean_over_pairs_and_layers():
     assert METHODS["lora"].after_epoch(net) == {"similarity": want}
     assert MLAE.after_epoch(net)["similarity"] == want
     assert MLAE.after_epoch(make(rank=1))["similarity"] == 0  # one expert has no pair
+
+
+def test_the_log_has_the_share_that_is_masked_by_either_mask(run):
+    for masking, share in (("stochastic", 0.5), ("fixed", 0.5), ("mixed", 0.75)):
+        rows = log(run("--masking", masking, "--epochs", 1))
+        assert float(rows[0]["mask_prob"]) == share

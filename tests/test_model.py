@@ -405,3 +405,20 @@ def test_frozen_matrices_in_bf16_give_what_autocast_gives(nano, images):
     assert torch.equal(*outputs)
     layers = [list(models.adapters(one).values())[0] for one in (net, held)]
     assert torch.equal(*(layer.lora_A.grad for layer in layers))
+
+
+@pytest.mark.parametrize("wrap", ["module.", "_orig_mod.", "backbone.", "teacher"])
+def test_checkpoints_of_other_training_scripts(wrap, tmp_path):
+    state = models.create_backbone("vit_nano", 10, pretrained=False).state_dict()
+    prefix = "backbone." if wrap == "teacher" else wrap
+    renamed = {f"{prefix}{key}": value for key, value in state.items()}
+    torch.save({"teacher": renamed} if wrap == "teacher" else renamed, tmp_path / "a.pth")
+    net = models.create_backbone("vit_nano", 10, checkpoint=tmp_path / "a.pth")
+    assert torch.equal(net.blocks[3].attn.qkv.weight, state["blocks.3.attn.qkv.weight"])
+
+
+def test_a_pointer_is_not_the_weights(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ModelError, match="git lfs pull"):
+        models.create_backbone("vit_nano", 10, checkpoint=path)

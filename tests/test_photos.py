@@ -275,3 +275,40 @@ def test_where_a_folder_lies_is_not_what_it_is(flat, run, tmp_path, capsys):
 def test_flags_of_folders_are_set_aside_for_a_task(capsys):
     identity = data.identify({"seed": 1, "test_share": 0.3}, "digits", "runs")
     assert identity == {"seed": 1} and "--test-share" in capsys.readouterr().err
+
+
+def test_a_letter_with_dots_is_one_letter_on_every_system(flat, run, tmp_path):
+    (flat / "cat").rename(flat / "Ga\u0308nse")  # as a Mac writes it
+    folder = Path(run("--dataset", flat, *NANO)["run"])
+    config = json.loads((folder / "config.json").read_text())
+    assert config["class_names"] == ["G\u00e4nse", "dog"]
+    fill(tmp_path / "other", "G\u00e4nse", "dog", count=2, first=5)
+    assert scored_again(folder, "--test", str(tmp_path / "other"))
+    own = data.identify({}, str(flat), "runs")
+    (flat / "Ga\u0308nse").rename(flat / "G\u00e4nse")
+    assert data.identify({}, str(flat), "runs") == own
+
+
+def test_what_is_no_photo_is_named_with_its_reason(flat, capsys):
+    Image.new("RGB", (1, 6000)).save(flat / "cat/stripe.png")
+    Image.fromarray(np.random.rand(9, 9).astype(np.float32)).save(flat / "cat/float.tif")
+    with pytest.raises(data.DataError, match="float.tif.*32 bits.*stripe.png.*1 x 6000"):
+        load(flat)
+    training, test = load(flat, folder_split=data.FolderSplit(skip_bad=True))
+    assert training.left_out == 2 and len(training) + len(test) == 20
+
+
+def test_predictions_name_every_file_and_no_formula(flat, run, tmp_path, capsys):
+    folder = run("--dataset", flat, *NANO)["run"]
+    place = tmp_path / "new"
+    save(place / "=1+1.png", 3)
+    save(place / "a\x1b[2J.png", 4)
+    (place / "photo.heic").write_text("")
+    evaluation_ends = scored_again(folder, "--predict", str(place), "--top-k", "1")
+    out, err = capsys.readouterr()
+    assert evaluation_ends and "photo.heic" in err and "\x1b" not in out
+    assert [line.split(",")[0] for line in out.splitlines()] == [
+        "image",
+        "./=1+1.png",
+        "a\\x1b[2J.png",
+    ]

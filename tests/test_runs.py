@@ -1,5 +1,6 @@
 """What surrounds a run: flags, settings, identity, files, locks, errors."""
 
+import argparse
 import contextlib
 import json
 import multiprocessing
@@ -237,3 +238,59 @@ def test_a_reader_that_has_gone_ends_it_quietly(tmp_path):
 
     assert end_of(fork(work)) == 1
     assert (tmp_path / "err").read_text() == ""
+
+
+def test_a_strangers_links_are_not_written_through(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", "config.json.tmp", "lock"):
+        (folder / name).symlink_to(precious)
+    runs.write_json(folder / "config.json", {})
+    with pytest.raises(runs.RunError, match="lock"), runs.lock(folder / "lock"):
+        pass
+    assert precious.read_text() == "kept" and not (folder / "config.json").is_symlink()
+
+
+def test_a_left_over_world_size_is_no_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    assert runs.launched() == (0, 1)
+
+
+DEFAULTS = {  # what a published number may rest on
+    "digits": {"epochs": 20, "lr": 8e-3, "augment": "none", "model": "vit_nano", "img_size": 28},
+    "dtd": {"epochs": 100, "lr": 1e-3, "augment": "none", "drop_path": 0.0, "img_size": 224},
+    "cub": {
+        "epochs": 100,
+        "lr": 1e-3,
+        "augment": "crop",
+        "model": "vit_base_patch16_224.orig_in21k",
+    },
+}
+EVERYWHERE = {"rank": 8, "mask_prob": 0.5, "masking": "stochastic", "pattern": "random", "seed": 0}
+EVERYWHERE |= {"schedule": "constant", "coef_init": 1.0, "targets": ["attn.qkv"], "batch_size": 64}
+EVERYWHERE |= {
+    "weight_decay": 1e-4,
+    "label_smoothing": 0.0,
+    "normalize": "imagenet",
+    "lambda_lr": 1.0,
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_are_pinned(name):
+    args = vars(settled("--dataset", name))
+    wanted = EVERYWHERE | DEFAULTS[name]
+    assert {key: args[key] for key in wanted} == wanted and args["warmup_epochs"] * 10 == args[
+        "epochs"
+    ]
+
+
+def test_all_that_is_not_about_the_machine_is_what_a_run_is():
+    args = settled()
+    own = runs.identity(args, runs.usual(args))
+    for name in vars(args).keys() - {*runs.PLACE, *runs.data.FOLDER_FLAGS, "checkpoint"}:
+        other = argparse.Namespace(**vars(args) | {name: "another"})
+        assert runs.identity(other, runs.usual(args)) != own, name

@@ -547,6 +547,52 @@ def test_the_command_itself_under_torchrun(tmp_path):
     assert done.stdout.count("parameters train") == 1  # the first rank alone prints
 
 
+CHANGES = "--seed 1, --lr 1e-3, --weight-decay 0.3, --drop-path 0.5, --label-smoothing 0.2"
+CHANGES += ", --warmup-epochs 0.5, --batch-size 100, --accumulate 2, --amp bf16, --normalize none"
+CHANGES += ", --augment flip, --augment crop, --mask-prob 0.2, --rank 4, --coef-init 0.5"
+CHANGES += ", --lambda-lr 3, --freeze-lambda, --mask-pattern incremental, --masking fixed"
+CHANGES += ", --mask-schedule decrease, --targets mlp.fc1, --no-pretrained, --img-size 28, --val"
+
+
+def test_every_setting_changes_the_training(run):
+    usual = run("--epochs", 1)
+    for words in CHANGES.split(", "):
+        changed = run("--epochs", 1, *words.split())
+        assert changed["run"] != usual["run"], words
+        same = losses(changed) == losses(usual)
+        if same:  # too little to show in the digits of a first loss
+            one, two = weights_of(changed), weights_of(usual)
+            same = all(torch.equal(one[name], two[name]) for name in two)
+        assert not same, words
+
+
+def test_order_and_crops_are_drawn_by_epoch_and_seed(run, monkeypatch):
+    seen = []
+    real = runs.rank_batches
+
+    def record(*arguments):
+        batches = list(real(*arguments))
+        seen.append(batches[0])
+        return batches
+
+    monkeypatch.setattr(runs, "rank_batches", record)
+    run("--augment", "crop")
+    run("--augment", "crop", "--seed", 1)
+    first, again, other = (labels.tolist() for _, labels, _ in seen[:3])
+    assert len({str(order) for order in (first, again, other)}) == 3
+    images = data.load("digits", img_size=14, augment="crop")[0]
+    views = [next(images.epoch(torch.arange(9), 9, 0, seed))[0] for seed in ("0 0", "0 1", "1 0")]
+    assert not any(torch.equal(views[i], views[i - 1]) for i in range(3))
+
+
+def test_initial_weights_and_masks_are_drawn_by_the_seed(run):
+    one, two = (weights_of(run("--epochs", 1, "--lr", 1e-30, "--seed", seed)) for seed in (0, 1))
+    for name in ("blocks.0.attn.qkv.lora_A", "head.weight"):
+        assert not torch.equal(one[name], two[name])
+    bound = 96**-0.5  # kaiming's, as nn.Linear's
+    assert 0.95 * bound < one["blocks.0.attn.qkv.lora_A"].abs().max() <= bound
+
+
 @pytest.mark.parametrize("words", [["--mask-schedule", "increase"], ["--method", "rmlora"]])
 def test_a_step_that_is_replayed_trains_as_an_eager_one(run, monkeypatch, words):
     def stand_in(step, model, img_size, batch_size):  # for a CUDA graph, which there is not here
