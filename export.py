@@ -63,15 +63,39 @@ def new_file(path: Path, flag: str) -> Iterator[Path]:
         raise RunError(f"{flag} {path}: cannot write it: {error.strerror or error}") from error
 
 
-# to_*(model, path, x (B, 3, S, S), run) writes a file or folder and loads it back from there alone:
-# it returns what turns images into logits.
+class FromPixels(nn.Module):
+    """A model that takes images (B, 3, S, S) in uint8 and normalises them itself."""
+
+    def __init__(self, model: nn.Module, mean: tuple, std: tuple) -> None:
+        super().__init__()
+        self.model = merge(model) if METHODS[model.method].mergeable else model
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model((images.float() - self.mean) / self.std)
+
+
+# to_*(model, path, images (B, 3, S, S) uint8, run) writes a file or folder and loads it back from
+# there alone: it returns what turns images into logits, normalised ones if the format has `floats`.
 
 
 def to_timm(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> Callable:
     state = {key: value.contiguous() for key, value in merge(model).state_dict().items()}
     path.write_bytes(save(state, {"format": "pt"}))
     name, keywords = timm_call(run.model, model.num_classes, run.img_size)
+    keywords = keywords | {"pretrained_cfg_overlay": timm_view(model, run)}
     return timm.create_model(name, checkpoint_path=str(path), **keywords).eval()
+
+
+def timm_view(model: nn.Module, run: argparse.Namespace) -> dict:
+    """What timm's `resolve_model_data_config` should say of a run's images."""
+    mean, std = mean_and_std(run, model)
+    crop = {"crop_pct": 0.875, "crop_mode": "center"}
+    if run.augment != "crop":
+        crop = {"crop_pct": 1.0, "crop_mode": "squash"}
+    view = {"input_size": (3, run.img_size, run.img_size), "interpolation": "bicubic"}
+    return view | {"mean": tuple(mean), "std": tuple(std)} | crop
 
 
 def to_onnx(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> Callable:
@@ -79,7 +103,7 @@ def to_onnx(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) ->
     import onnxruntime
 
     torch.onnx.export(
-        merge(model) if METHODS[model.method].mergeable else model,
+        FromPixels(model, *mean_and_std(run, model)),
         (x,),
         path,
         dynamo=True,
@@ -95,9 +119,8 @@ def to_onnx(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) ->
 
 
 def to_torch(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> Callable:
-    merged = merge(model) if METHODS[model.method].mergeable else model
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(merged, (x,), dynamic_shapes=({0: batch},))
+    batch, program = torch.export.Dim("batch"), FromPixels(model, *mean_and_std(run, model))
+    program = torch.export.export(program, (x,), dynamic_shapes=({0: batch},))
     torch.export.save(program, path)
     return torch.export.load(path).module()
 
@@ -114,22 +137,26 @@ def to_peft(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) ->
 @dataclass(frozen=True)
 class Format:
     """A row of FORMATS: the ending of the file's name ("" for a folder), the packages that it needs
-    beside timm and torch, what writes it and loads it back, the Python that loads it."""
+    beside timm and torch, what writes it and loads it back, the Python that loads it, and whether
+    it takes normalised images, not uint8."""
 
     ending: str
     packages: tuple[str, ...]
     write: Callable[[nn.Module, Path, Tensor, argparse.Namespace], Callable]
     python: str
+    floats: bool
 
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 TIMM = "model = timm.create_model({name!r}, checkpoint_path={path!r}, {keywords}).eval()"
 PEFT = "{base}\nmodel = peft.PeftModel.from_pretrained(base, {path!r}).eval()"
 FORMATS = {
-    "timm": Format(".safetensors", (), to_timm, TIMM),
-    "onnx": Format(".onnx", ONNX, to_onnx, "session = onnxruntime.InferenceSession({path!r})"),
-    "torch": Format(".pt2", (), to_torch, "model = torch.export.load({path!r}).module()"),
-    "peft": Format("", ("peft",), to_peft, PEFT),
+    "timm": Format(".safetensors", (), to_timm, TIMM, True),
+    "onnx": Format(
+        ".onnx", ONNX, to_onnx, "session = onnxruntime.InferenceSession({path!r})", False
+    ),
+    "torch": Format(".pt2", (), to_torch, "model = torch.export.load({path!r}).module()", False),
+    "peft": Format("", ("peft",), to_peft, PEFT, True),
 }
 
 
@@ -146,16 +173,19 @@ def timm_call(name: str, classes: int, img_size: int) -> tuple[str, dict]:
     return name, keywords
 
 
-def loading_lines(kind: str, path: Path, classes: int, run: argparse.Namespace) -> str:
+def loading_lines(kind: str, path: str, model: nn.Module, run: argparse.Namespace) -> str:
     """The Python that loads an export."""
+    classes = model.num_classes
     name, keywords = timm_call(run.model, classes, run.img_size)
+    if kind == "timm":
+        keywords = keywords | {"pretrained_cfg_overlay": timm_view(model, run)}
     words = ", ".join(f"{key}={value!r}" for key, value in keywords.items())
     base = f"base = timm.create_model({name!r}, pretrained=True, {words})"
     if run.no_pretrained or run.checkpoint or name != run.model:
         base = f"base = model.create_backbone({run.model!r}, {classes}, "
         base += f"pretrained={not run.no_pretrained}, checkpoint={run.checkpoint!r}, "
         base += f"img_size={run.img_size})  # of this repository"
-    return FORMATS[kind].python.format(name=name, keywords=words, path=str(path), base=base)
+    return FORMATS[kind].python.format(name=name, keywords=words, path=path, base=base)
 
 
 def check_place(kind: str, path: Path) -> None:
@@ -185,29 +215,24 @@ def export(
     """
     check_place(kind, path)
     row, run, flag = FORMATS[kind], config["arguments"], f"--export {kind}"
-    x = create_normalizer(run, model)(images)  # (B, 3, S, S) float32
+    normalised = create_normalizer(run, model)(images)  # (B, 3, S, S) float32
     with torch.no_grad():
-        logits = model(x)  # (B, classes)
-    python = loading_lines(kind, path, model.num_classes, run)
-    side, (mean, std) = [run.img_size, run.img_size], mean_and_std(run, model)
-    about = {
-        "resize": Images([], [], run.img_size, augment=run.augment).short or side,  # the short side
-        "crop": side,  # from the centre
-        "interpolation": "bicubic",
-        "scale": "pixels / 255",
-        "mean": list(mean),
-        "std": list(std),
-        "class_names": config["class_names"],
-        "weights": config["weights"],
-        "python": python.splitlines(),
-    }
+        logits = model(normalised)  # (B, classes)
+    x = normalised if row.floats else images
+    about = preparation(model, config) | {"class_names": config["class_names"]}
+    about["input"] = {"name": "images", "shape": ["N", 3, run.img_size, run.img_size]}
+    about["input"] |= {"dtype": "float32" if row.floats else "uint8", "channels": "RGB"}
+    about["output"] = {"name": "logits", "shape": ["N", model.num_classes], "dtype": "float32"}
+    about["normalise"] = "(pixels / 255 - mean) / std" if row.floats else "inside the program"
+    about["weights"] = config["weights"]
+    about["python"] = loading_lines(kind, path.name, model, run).splitlines()
     with new_file(path, flag) as draft:
         before = logging.root.manager.disable
         logging.disable(logging.WARNING)  # exporters say much; the comparison decides
         try:
             with redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                again = row.write(model, draft, x, run)
+                again = row.write(model, draft, images, run)
         except (ModelError, OSError):
             raise
         except Exception as error:  # whatever an exporter cannot do, in its words
@@ -221,7 +246,28 @@ def export(
             raise RunError(f"{flag}: loaded back, its logits differ by {difference:.1e}: not kept")
         beside = path.with_name(f"{path.name}.json")
         write_json(beside if row.ending else draft / "preprocessing.json", about)
-    return difference, python
+    return difference, loading_lines(kind, str(path), model, run)
+
+
+def preparation(model: nn.Module, config: dict) -> dict:
+    """How a file becomes an input, as JSON values, in this order; docs/export.md has it in Python."""
+    run = config["arguments"]
+    side, (mean, std) = [run.img_size, run.img_size], mean_and_std(run, model)
+    short = Images([], [], run.img_size, augment=run.augment).short
+    return {
+        "library": "Pillow",
+        "exif_orientation": config["source"] == "folder",  # whether photos are turned upright
+        "16_bits": "values // 257, after EXIF, before RGB",
+        "mode": "RGB, alpha dropped",
+        "resize": short or side,  # the short side, or both
+        "long_side": "int(resize * long / short)" if short else None,
+        "interpolation": "bicubic",
+        "antialias": True,
+        "crop": side,
+        "crop_from": "round((width - crop) / 2), round((height - crop) / 2)" if short else None,
+        "mean": list(mean),
+        "std": list(std),
+    }
 
 
 @torch.no_grad()
