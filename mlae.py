@@ -160,7 +160,8 @@ class MLAELinear(nn.Linear):
         return zeros.index_copy(0, self.rows, self.lora_B)  # (out, rank)
 
     def two_branch(self, x: Tensor) -> Tensor:
-        """The definition, y = x W^T + b + ((x A^T) c) B^T; `forward` is the same, but faster."""
+        """The definition, y = x W^T + b + ((x A^T) c) B^T; `forward` is the same, but faster. With
+        torch.func, which takes no autograd function, use this."""
         A, B, c = self.lora_A, self.full_B(), self.coefficients()
         return F.linear(x, self.weight, self.bias) + ((x @ A.T) * c) @ B.T  # (..., out)
 
@@ -221,7 +222,8 @@ class _FoldedLinear(torch.autograd.Function):
         folded = _fold(weight, A, B, c).to(dtype)  # (out, in)
         ctx.cast = x.dtype != dtype
         x = x.to(dtype)  # (..., in)
-        ctx.save_for_backward(x, weight, folded, A, B, c)
+        kept = folded if ctx.needs_input_grad[0] else None  # (out, in), for dx alone
+        ctx.save_for_backward(x, weight, kept, A, B, c)
         return F.linear(x, folded, None if bias is None else bias.to(dtype))  # (..., out)
 
     @staticmethod

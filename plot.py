@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +58,7 @@ NO_SETTINGS = ("seed", "val", "dataset", "checkpoint")  # do not tell the lines 
 LOGARITHMIC = ("lr", "rank", "batch_size", "weight_decay", "lambda_lr")  # settings for a log axis
 
 if pyplot:
+    warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a class's name: a box is drawn
     pyplot.switch_backend("Agg")
     pyplot.style.use(["tableau-colorblind10", STYLE])
 
@@ -374,6 +376,7 @@ def draw_confusion(found: dict[str, tuple]):
             looks = {"color": "black" if shares[row, column] > 0.5 else "white", "fontsize": 6}
             axis.text(column, row, counts[row, column].item(), ha="center", va="center", **looks)
         names = [classes[number] for number in worst]
+        names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
         axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0)
         axis.set_yticks(range(len(names)), names)
         axis.set(box_aspect=1, xlabel="the model says", ylabel="right", title=title)

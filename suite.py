@@ -328,6 +328,10 @@ def compare(rows: list[dict], words: str) -> None:
             for name, value in zip(("difference", "low", "high"), numbers, strict=True):
                 row[name] = None if value is None else round(value, 2) + 0.0  # no -0.0
             row["against"] = other["configuration"]
+        if len(fit) != 1:
+            what = f"{table[0]['benchmark']}, {table[0]['split']}"
+            problem = f"{'none' if not fit else 'several'} of its configurations"
+            print(f"note: {what} is not compared: {words!r} fits {problem}", file=sys.stderr)
     if not any(row["against"] for row in rows):
         names = ", ".join(found or sorted({row["configuration"] for row in rows}))
         problem = "fits several" if found else "fits none"
@@ -468,8 +472,8 @@ def tabulate(rows: list[dict], form: str = "markdown") -> str:
         if form == "latex":
             tabulars = [one.reset_index().to_latex(index=False, escape=True) for one in grids]
             blocks += [text.replace("±", r"$\pm$").rstrip() for text in tabulars]
-            continue
-        blocks += [one.to_markdown(**MARKDOWN) for one in grids]
+        else:
+            blocks += [one.to_markdown(**MARKDOWN) for one in grids]
 
         # --- what is no result of its suite yet, what the images are, and what was chosen ---
         lines, tasks = [], [row for row in own if row["group"] != "mean"]
@@ -488,9 +492,10 @@ def tabulate(rows: list[dict], form: str = "markdown") -> str:
                 lines.append(f"{row['task']}, {row['configuration']}: {words} {how}")
         if not all(row["official"] for row in tasks):
             lines.append(f"* a subset of {benchmark} or not its official images; in no mean.")
-        blocks.append("\n".join(dict.fromkeys(lines)))  # each once
+        comment = "% " if form == "latex" else ""
+        blocks.append("\n".join(comment + line for line in dict.fromkeys(lines)))  # each once
     if form == "latex":
-        return "\n\n".join(blocks)
+        return "\n\n".join([*blocks, f"% {PROTOCOL}"])
     blocks.append(PROTOCOL)
     if any(row["group"] == "mean" and row["split"] == "test" for row in rows):
         head = ["published, ViT-B/16 IN-21k", "vtab-1k groups", "vtab-1k tasks", "fgvc"]

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import model as models
 import runs
-from data import DataError, create_normalizer, find_task, load_data
+from data import NORMALIZE, DataError, create_normalizer, find_task, load_data
 from eval import evaluate
 from methods import METHODS, Method
 from mlae import hold_mask_prob
@@ -233,6 +233,11 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
     if amp == "bf16":
         models.round_frozen(model)
     normalize = create_normalizer(args, model)
+    cfg = getattr(model, "pretrained_cfg", {})
+    was = tuple(cfg.get("mean", ())), tuple(cfg.get("std", ()))
+    if args.normalize != "model" and not args.no_pretrained and was != NORMALIZE[args.normalize]:
+        hint = f"with mean {was[0]} and std {was[1]}: --normalize model takes these"
+        print(f"note: these weights were trained {hint}", file=sys.stderr)
     weights = models.weights_of(model, args.checkpoint, not args.no_pretrained)
     counts = models.count_parameters(model)
 

@@ -16,6 +16,7 @@ from test_splits import files_of
 
 import data
 import splits
+import suite
 import tasks
 from splits import CONSTANTS, CUTS, ROLES, Cut, DataError, Missing, Slice
 
@@ -540,3 +541,25 @@ def test_the_other_draw_of_caltech101_is_read_and_never_official(prepared_caltec
     edit(prepared_caltech, "test", lambda lines: [*lines, "test/more.jpg 0"])
     with pytest.raises(DataError, match="test.txt has 6086 images"):
         load_prepared(prepared_caltech)
+
+
+def test_the_row_in_the_docs_is_a_task(run, tmp_path, capsys):
+    page = (splits.FOLDER / "docs/data.md").read_text()
+    try:
+        exec(page.split("```python")[1].split("```")[0], vars(tasks))
+        for role, count in (("train", 4), ("val", 2), ("test", 2)):
+            for i in range(count):
+                for name in ("circle", "square"):
+                    path = tmp_path / "data/shapes" / role / name / f"{i}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(noise(20, 20, 3)).save(path)
+        small = ["--dataset", "shapes", "--model", "vit_nano", "--epochs", 1, "--workers", 0]
+        metrics = run(*small)
+        assert metrics["official"] and metrics["images"] == 4
+        assert run(*small, "--val")["val_top1"] in (0, 25, 50, 75, 100)
+        (tmp_path / "data/shapes/test/circle/0.png").unlink()
+        assert not run(*small, "--overwrite")["official"]
+        suite.main(["--table", "runs"])
+        assert "shapes" in capsys.readouterr().out
+    finally:
+        tasks.TASKS.pop("shapes", None)
