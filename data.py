@@ -69,6 +69,7 @@ class Images(Dataset):
     source = description = role = ""  # original, prepared, lists, embedded or folder; train, ...
     official = False  # as far as can be proven the benchmark's own split (of a folder: all of it)
     left_out = 0  # images of a folder that could not be read
+    refused: Sequence[tuple[str, str]] = ()  # their paths, and why
     are_others = False  # than those that a run was scored on
     folder: str | None = None  # of one's own images
     class_names: Sequence[str] | None = None
@@ -386,6 +387,7 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
         print(f"left out: {printable(what)}", file=sys.stderr)
         found.notes.append(f"{len(bad)} unreadable images left out")
         found.left_out, found.agrees = len(bad), False
+        found.refused = [(names([path]), why) for path, why in bad.items()]
     for role, part in parts.items():
         part = [(path, label) for path, label in part if path not in bad]
         found.images[role] = [path for path, _ in part]
@@ -396,11 +398,15 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
     if empty or not found.images[scored]:
         what = f"training images of class {few(empty)}" if empty else f"readable {scored} images"
         raise DataError(f"{folder} has no {what}: add some, or put all images into <class>/*")
-    known, twice = set(), 0
+    known: dict[bytes, int] = {}  # digest of an image -> its class
+    twice = torn = 0
     for role in roles:
-        contents = [hashlib.sha256(path.read_bytes()).digest() for path in found.images[role]]
-        twice = sum(content in known for content in contents)  # the last role is scored
-        known.update(contents)
+        own = [hashlib.sha256(path.read_bytes()).digest() for path in found.images[role]]
+        twice = sum(digest in known for digest in own)  # the last role is scored
+        for digest, label in zip(own, found.labels[role].tolist(), strict=True):
+            torn += role != scored and known.setdefault(digest, label) != label
+    if torn:
+        print(f"warning: {torn} training images are in another class too", file=sys.stderr)
     if twice:
         found.notes.append(f"{twice} {scored} images are training images too")
         print(f"warning: {found.notes[-1]}, the same bytes in two files", file=sys.stderr)
@@ -526,6 +532,7 @@ def load(
         images.role, images.source = role, found.source
         images.class_names, images.folder = task.class_names, task.folder
         images.left_out, images.digests = found.left_out, found.digests
+        images.refused = found.refused
         both.append(images)
         paths += [item for item in items if isinstance(item, Path)]
         count = size = len(images)

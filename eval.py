@@ -201,26 +201,30 @@ def images_to_test(place: Path, config: dict) -> Images:
     return images
 
 
-def images_to_predict(place: Path, img_size: int, augment: str) -> Images:
-    """The images of a file or a folder, in the order of their names, with labels -1: turned as their
-    EXIF orientation says, then resized and cropped like a run's test images. `img_size` and
-    `augment` are as for `Images`. Raises DataError if there is none."""
-    files, bad = [place], {}
-    if place.is_dir():
-        every = data.files_below(place)
-        files = [path for path in every if path.suffix.lower() in data.ENDINGS]
-        if len(files) < len(every):
-            others = models.few([path.name for path in every if path not in set(files)])
-            words = f"note: {len(every) - len(files)} files are not read as images: {others}"
-            print(printable(words), file=sys.stderr)
-        bad = data.unreadable(files)
-        files = [path for path in files if path not in bad]
-    elif not place.is_file():
-        raise DataError(f"--predict: there is no image and no folder {place}")
+def images_to_predict(places: list[Path], img_size: int, augment: str) -> Images:
+    """The images of files and folders, those of a folder in the order of their names, with labels -1:
+    turned as their EXIF orientation says, then resized and cropped like a run's test images.
+    `img_size` and `augment` are as for `Images`. Raises DataError if there is none."""
+    files, others = [], []
+    for place in places:
+        if not place.exists():
+            raise DataError(f"--predict: there is no image and no folder {place}")
+        for path in data.files_below(place) if place.is_dir() else [place]:
+            known = path.suffix.lower() in data.ENDINGS or path == place
+            (files if known else others).append(path)
+    if others:
+        names = models.few([path.name for path in others])
+        print(
+            printable(f"note: {len(others)} files are not read as images: {names}"), file=sys.stderr
+        )
+    bad = data.unreadable(files)
+    files = [path for path in files if path not in bad]
     names = printable(models.few([f"{path.name} ({why})" for path, why in bad.items()]))
     if not files:
         what = f"it cannot read {names}" if bad else " ".join(data.ENDINGS)
-        raise DataError(f"--predict: no readable image in {place} ({what})")
+        raise DataError(
+            f"--predict: no readable image in {models.few(list(map(str, places)))} ({what})"
+        )
     if bad:
         print(f"left out: {len(bad)} files that cannot be read: {names}", file=sys.stderr)
     return Images(files, [-1] * len(files), img_size, augment=augment, upright=True)
@@ -300,6 +304,10 @@ def report(logits: Tensor, labels: Tensor, names: list[str]) -> list[str]:
     ]
     counts = confusion(logits.argmax(1), labels, len(names))
     images = counts.sum(1)  # of each class
+    recall = (counts.diag() / images).nan_to_num(2)  # 2: a class without images
+    for label in recall.argsort(stable=True)[:3].tolist():
+        if recall[label] <= 1:
+            lines.append(f"recall of {names[label]}: {counts[label, label]} of {images[label]}")
     counts.fill_diagonal_(0)
     for cell in counts.flatten().argsort(descending=True, stable=True)[:5].tolist():
         label, taken = divmod(cell, len(names))
@@ -385,7 +393,7 @@ def score_or_predict(args: argparse.Namespace, model: nn.Module, config: dict) -
     # --- images ---
     if place:
         images = images_to_predict(place, run.img_size, run.augment)
-        root = place if place.is_dir() else place.parent
+        root = Path(os.path.commonpath([one if one.is_dir() else one.parent for one in place]))
     else:
         if args.test:
             images = images_to_test(args.test, config)
@@ -436,7 +444,7 @@ def score_or_predict(args: argparse.Namespace, model: nn.Module, config: dict) -
     if args.predictions:
         with new_file(args.predictions, "--predictions") as draft:  # of any file name
             draft.write_text(table.getvalue(), "utf-8", "surrogateescape", newline="")
-    elif place and place.is_dir():
+    elif place and (len(place) > 1 or place[0].is_dir()):
         print("\n".join(map(printable, table.getvalue().splitlines())))
     elif place:
         for _, _, guess, p in rows[1:]:
@@ -531,7 +539,8 @@ def main(argv: list[str] | None = None) -> None:
     one = parser.add_mutually_exclusive_group().add_argument
     words = "score a folder of your own with a folder for each class, all of it"
     one("--test", type=Path, metavar="FOLDER", help=words)
-    one("--predict", type=Path, metavar="IMAGE|FOLDER", help="classes of images of your own")
+    words = "classes of images of your own"
+    one("--predict", nargs="+", type=Path, metavar="IMAGE|FOLDER", help=words)
     words = "write the model for other programs: timm, onnx, torch or peft"
     one("--export", nargs=2, metavar=("FORMAT", "PATH"), help=words)
     words = "keep K experts a layer, or a share of all; several: only print the table"

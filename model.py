@@ -170,7 +170,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
     missing, left over or of another shape."""
     path = Path(path)
     if not path.is_file():
-        raise ModelError(f"no checkpoint file {path}")
+        raise ModelError(f"--checkpoint: there is no file {path}")
     try:
         if path.suffix == ".npz":
             model.load_pretrained(str(path))
@@ -472,7 +472,7 @@ def rank_within(args: argparse.Namespace) -> int:
 def sha256(path: str | os.PathLike) -> str:
     """Hex digest of a checkpoint file; ModelError if there is none."""
     if not Path(path).is_file():
-        raise ModelError(f"no checkpoint file {path}")
+        raise ModelError(f"--checkpoint: there is no file {path}")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 

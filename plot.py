@@ -43,7 +43,7 @@ from splits import Missing, printable
 from suite import interval, label, natural, read_runs
 
 try:
-    from matplotlib import pyplot
+    from matplotlib import font_manager, pyplot
 except ImportError:
     pyplot = None  # main() says so
 
@@ -58,6 +58,10 @@ NO_SETTINGS = ("seed", "val", "dataset", "checkpoint")  # do not tell the lines 
 LOGARITHMIC = ("lr", "rank", "batch_size", "weight_decay", "lambda_lr")  # settings for a log axis
 
 if pyplot:
+    # for names of classes in other scripts, where such a font is installed
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    wanted = "Noto Sans CJK JP, Noto Sans CJK SC, Source Han Sans, Arial Unicode MS, PingFang SC"
+    STYLE["font.sans-serif"] = ["DejaVu Sans", *(set(wanted.split(", ")) & installed)]
     warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a class's name: a box is drawn
     pyplot.switch_backend("Agg")
     pyplot.style.use(["tableau-colorblind10", STYLE])

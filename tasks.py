@@ -96,6 +96,7 @@ class Found:
     digests: dict[str, str] = field(default_factory=dict)  # sha256 of a slice's keys or labels
     agrees: bool = True  # all that can be compared, with the official split
     left_out: int = 0  # images that could not be read
+    refused: Sequence[tuple[str, str]] = ()  # their paths, and why
     notes: list[str] = field(default_factory=list)
 
 

@@ -260,6 +260,8 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
             state.unlink(missing_ok=True)
         for images in (train, test) if train.folder else ():  # which photo is of which part
             runs.write_csv(folder / f"{images.role}.csv", ["path", "label"], images.rows())
+        if train.refused:
+            runs.write_csv(folder / "refused.csv", ["path", "reason"], train.refused)
         runs.write_json(folder / "config.json", config)
     print(f"{args.method} on {own['dataset']}, {weights['tag']}, {device}: {train.description}")
     print("{} of {} linear layers adapted; ".format(*model.adapted), end="")
@@ -354,7 +356,8 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
     guess = 100 * train.labels.bincount().max() / len(train)
     if top1 < guess + 5:
         hint = f"training top-1 is {top1:.1f} %, the largest class alone gives {guess:.1f} %"
-        print(f"warning: hardly anything was learned ({hint}): change --lr", file=sys.stderr)
+        remedy = "more --epochs, or another --lr" if args.epochs < 5 else "change --lr"
+        print(f"warning: hardly anything was learned ({hint}): {remedy}", file=sys.stderr)
     with runs.write_atomically(folder / "adapter.safetensors") as draft:
         models.save_adapter(model, draft, config)
 

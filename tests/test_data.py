@@ -296,3 +296,12 @@ def test_normalization_against_numpy():
     np.testing.assert_allclose(got.numpy().transpose(0, 2, 3, 1), wanted, atol=1e-5)
     assert torch.equal(images, before)
     assert data.normalizer(*data.NORMALIZE["none"], "cpu")(images).equal(images.float() / 255)
+
+
+def test_half_of_the_images_are_mirrored():
+    pixels = np.zeros((1000, 2, 2, 3), np.uint8)
+    pixels[:, :, 0] = 255  # white on the left
+    images = data.Images(pixels, [0] * 1000, 2, augment="flip")
+    (x, _) = next(images.epoch(torch.arange(1000), 1000, 0, "0 0"))
+    mirrored = (x[:, 0, 0, 0] == 0).float().mean().item()
+    assert 0.45 < mirrored < 0.55

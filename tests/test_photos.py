@@ -289,13 +289,18 @@ def test_a_letter_with_dots_is_one_letter_on_every_system(flat, run, tmp_path):
     assert data.identify({}, str(flat), "runs") == own
 
 
-def test_what_is_no_photo_is_named_with_its_reason(flat, capsys):
+def test_what_is_no_photo_is_named_with_its_reason(flat, run):
     Image.new("RGB", (1, 6000)).save(flat / "cat/stripe.png")
     Image.fromarray(np.random.rand(9, 9).astype(np.float32)).save(flat / "cat/float.tif")
     with pytest.raises(data.DataError, match="float.tif.*32 bits.*stripe.png.*1 x 6000"):
         load(flat)
     training, test = load(flat, folder_split=data.FolderSplit(skip_bad=True))
     assert training.left_out == 2 and len(training) + len(test) == 20
+    folder = Path(run("--dataset", flat, "--skip-bad-images", *NANO)["run"])
+    rows = {row["path"]: row["reason"] for row in read_csv(folder / "refused.csv")}
+    assert (
+        rows.keys() == {"cat/stripe.png", "cat/float.tif"} and "1 x 6000" in rows["cat/stripe.png"]
+    )
 
 
 def test_predictions_name_every_file_and_no_formula(flat, run, tmp_path, capsys):
@@ -312,3 +317,21 @@ def test_predictions_name_every_file_and_no_formula(flat, run, tmp_path, capsys)
         "./=1+1.png",
         "a\\x1b[2J.png",
     ]
+
+
+def test_one_image_in_two_training_classes_is_said(tmp_path, capsys):
+    for part in ("train", "test"):
+        fill(tmp_path / part, "cat", "dog", count=2, first=len(part))
+    save(tmp_path / "train/cat/same.png", 7)
+    save(tmp_path / "train/dog/same.png", 7)
+    load(tmp_path)
+    assert "1 training images are in another class too" in capsys.readouterr().err
+
+
+def test_predictions_of_several_places(flat, run, capsys):
+    folder = run("--dataset", flat, *NANO)["run"]
+    places = [str(flat / "cat/0.png"), str(flat / "dog")]
+    capsys.readouterr()
+    assert scored_again(folder, "--predict", *places, "--top-k", "1")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and lines[1].startswith("cat/0.png,1,")

@@ -117,3 +117,13 @@ def test_the_packed_table_of_sun397_has_tfdss_counts():
     members = np.stack([PACKED["sun397 splits"] >> shift & 3 for shift in (0, 2, 4, 6)], 1)
     assert np.bincount(members.ravel()[:108_753]).tolist() == [76_128, 10_875, 21_750]
     assert PACKED["sun397 counts"].sum() == 108_753
+
+
+def test_the_cuts_of_original_lists_are_pinned():
+    cut = CUTS["fashion_mnist"]
+    assert cut.train == ("train", 0, 50_000) and cut.val == ("train", 50_000, 60_000)
+    assert CUTS["digits"].val == ("train", 800, 1000) and CUTS["digits"].test == (
+        "train",
+        1000,
+        1797,
+    )
