@@ -157,9 +157,9 @@ class Images(Dataset):
 
         order = range(len(self)) if order is None else order
         rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        can_fork = "fork" in multiprocessing.get_all_start_methods()
-        is_little = len(order) * self.img_size**2 < FEW_PIXELS
-        workers = min(workers, CORES) if can_fork and not is_little else 0
+        is_much = len(order) * self.img_size**2 >= FEW_PIXELS
+        can_fork = is_much and "fork" in multiprocessing.get_all_start_methods()
+        workers = min(workers, CORES) if can_fork else 0
         # with a generator of its own, else an epoch draws from the run's numbers
         options = {"num_workers": workers, "generator": torch.Generator()}
         options["multiprocessing_context"] = "fork" if workers else None
@@ -173,10 +173,8 @@ class Images(Dataset):
         except RuntimeError as error:
             if not workers or "worker" not in str(error):
                 raise
-            why = "out of shared memory? (Docker: --shm-size 2g)"
-            print(
-                f"note: a decoding process died, {why}: the main process goes on", file=sys.stderr
-            )
+            why = "for lack of shared memory? (Docker: --shm-size 2g)"
+            print(f"note: a process that decodes died {why}: going on without", file=sys.stderr)
             yield from self.batches(batch_size, 0, order[done:], seed)
 
     def rows(self) -> list[tuple[str, str]]:
@@ -230,8 +228,7 @@ def normalizer(mean: tuple, std: tuple, device: torch.device | str) -> Callable[
     """A function from (B, 3, S, S) uint8 to new float32 images (x / 255 - mean) / std."""
     mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
     std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
-    # to the device as bytes, a quarter of the way
-    return lambda images: (images.to(device).float() - mean) / std
+    return lambda images: (images.to(device).float() - mean) / std  # sent as bytes
 
 
 def mean_and_std(args: argparse.Namespace, model: nn.Module) -> tuple[tuple, tuple]:
@@ -494,16 +491,10 @@ def find_task(name: str, folder_split: FolderSplit = FolderSplit()) -> Task:
 
 
 def load(
-    name: str,
-    root: str | os.PathLike = "data",
-    *,
-    split: str = "trainval",
-    img_size: int = 224,
-    source: str = "auto",
-    download: bool = True,
-    augment: str | None = None,
-    folder_split: FolderSplit = FolderSplit(),
-) -> tuple[Images, Images]:
+    name: str, root: str | os.PathLike = "data", *,
+    split: str = "trainval", img_size: int = 224, source: str = "auto", download: bool = True,
+    augment: str | None = None, folder_split: FolderSplit = FolderSplit(),
+) -> tuple[Images, Images]:  # fmt: skip
     """(train, test) of a task: "trainval" gives train + val and test, "train" gives train and val.
 
     `source` is for VTAB-1k: "original" (downloaded if need be and `download`), "prepared", or

@@ -305,3 +305,22 @@ def test_half_of_the_images_are_mirrored():
     (x, _) = next(images.epoch(torch.arange(1000), 1000, 0, "0 0"))
     mirrored = (x[:, 0, 0, 0] == 0).float().mean().item()
     assert 0.45 < mirrored < 0.55
+
+
+def test_a_decoding_process_that_dies_is_done_without(monkeypatch, capsys):
+    images = data.load("digits", img_size=28)[1]
+    wanted = [x.clone() for x, _ in images.batches(100, 0)]
+    real = data.DataLoader
+
+    def dies(rows, num_workers, **options):
+        loader = real(rows, num_workers=0, **options | {"multiprocessing_context": None})
+        for number, batch in enumerate(loader):
+            if num_workers and number == 2:
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")
+            yield batch
+
+    monkeypatch.setattr(data, "DataLoader", dies)
+    monkeypatch.setattr(data, "FEW_PIXELS", 0)
+    found = [x for x, _ in images.batches(100, 4)]
+    assert all(map(torch.equal, found, wanted)) and len(found) == len(wanted)
+    assert "shm-size" in capsys.readouterr().err
