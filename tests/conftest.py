@@ -14,6 +14,8 @@ import model as models
 import tasks
 import train
 
+torch.set_num_threads(1)  # as in the processes that tests fork; small models gain nothing by two
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA GPU")

@@ -566,6 +566,24 @@ def test_every_setting_changes_the_training(run):
         assert not same, words
 
 
+OWN = {  # settings of the other methods
+    "rmlora": ["--penalty-weight 3", "--active-ranks 1", "--variant 1"],
+    "mor": ["--num-experts 2"],
+    "snell": ["--sparsity 0.5", "--gate paper"],
+    "snella": ["--start-sparsity 0.5", "--sparsity 0.5"],
+}
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_every_setting_of_a_method_changes_the_training(run, method):
+    words = "--method", method, "--rank", 6, "--targets", "attn.qkv"
+    usual = weights_of(run(*words))
+    for own in OWN[method]:
+        changed = weights_of(run(*words, *own.split()))
+        same = usual.keys() == changed.keys()
+        assert not (same and all(torch.equal(usual[key], changed[key]) for key in usual)), own
+
+
 def test_order_and_crops_are_drawn_by_epoch_and_seed(run, monkeypatch):
     seen = []
     real = runs.rank_batches
