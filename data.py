@@ -416,7 +416,8 @@ def unreadable(files: Sequence[Path]) -> dict[Path, str]:
     def defect(path: Path) -> str:
         try:
             with open_image(path) as image:
-                image.draft("RGB", (64, 64))
+                if max(image.size) <= STRIPE * min(image.size):
+                    image.draft("RGB", (64, 64))
                 as_photo(image)
         except Image.DecompressionBombError:
             return f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller"

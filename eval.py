@@ -81,6 +81,11 @@ def read_config(folder: str | Path) -> dict:
         if config["amp"] not in runs.AMP[1:] or not isinstance(config["weights"]["tag"], str):
             raise ValueError("its amp or weights are unknown here")
         names, recipe = config.setdefault("class_names", None), data.FOLDER_RECIPE
+        task = data.TASKS.get(args.dataset)
+        if names and not (isinstance(names, list) and all(map(str.isprintable, names))):
+            raise ValueError("its class_names are no list of names")
+        if names and task and len(names) != task.classes:
+            raise ValueError(f"class_names: {len(names)} of the {task.classes} classes")
         # a folder of one's own, which need not be here, has the names of its classes there
         if not names or args.dataset in data.TASKS:
             recipe = data.find_task(args.dataset).recipe
@@ -393,7 +398,8 @@ def score_or_predict(args: argparse.Namespace, model: nn.Module, config: dict) -
     # --- images ---
     if place:
         images = images_to_predict(place, run.img_size, run.augment)
-        root = Path(os.path.commonpath([one if one.is_dir() else one.parent for one in place]))
+        places = [one if one.is_dir() else one.parent for one in place]
+        root = Path(os.path.commonpath([one.absolute() for one in places]))
     else:
         if args.test:
             images = images_to_test(args.test, config)
@@ -414,7 +420,8 @@ def score_or_predict(args: argparse.Namespace, model: nn.Module, config: dict) -
         own = score(logits, labels)
         if (args.run / "metrics.json").exists() and not args.test:
             metrics, split = read_json(args.run / "metrics.json"), "val" if run.val else "test"
-            top1, loss = metrics[f"{split}_top1"], metrics[f"{split}_loss"]
+            with runs.reading(args.run / "metrics.json"):
+                top1, loss = float(metrics[f"{split}_top1"]), float(metrics[f"{split}_loss"])
             print(line.format("reported", top1=top1, loss=loss))
             # another device, or another version of torch, may change the answer to an image or two
             few = max(0.5, 200 / len(labels))
@@ -427,7 +434,8 @@ def score_or_predict(args: argparse.Namespace, model: nn.Module, config: dict) -
 
     # --- each image ---
     if isinstance(images.files[0], Path):
-        names = [path.as_posix().removeprefix(f"{root.as_posix()}/") for path in images.files]
+        top = f"{root.absolute().as_posix()}/"
+        names = [path.absolute().as_posix().removeprefix(top) for path in images.files]
         # a table program would take a name that begins so for a formula
         names = [f"./{name}" if name[0] in "=+-@" else name for name in names]
     else:
@@ -514,6 +522,9 @@ def prune_run(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
             draft.mkdir()
             models.save_adapter(smaller, draft / "adapter.safetensors", config)
             runs.write_json(draft / "config.json", config)
+            for listing in ("test.csv", "val.csv"):  # what a run on one's own folder is scored on
+                if (args.run / listing).exists():
+                    (draft / listing).write_bytes(regular(args.run / listing).read_bytes())
         print(f"python eval.py {folder}")
 
 

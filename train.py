@@ -133,7 +133,7 @@ def save_state(path: Path, weights: dict, optimizer, scaler, digest: str, progre
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     state = {"weights": weights, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     state["rng"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
-    state |= {"digest": digest, "progress": progress}
+    state |= {"digest": digest, "progress": progress, "code": runs.code_digest()}
     with runs.write_atomically(path) as draft, open(draft, "wb") as file:
         torch.save(state, file)
 
@@ -171,6 +171,8 @@ def restore(path: Path, model: nn.Module, optimizer, scaler, digest: str) -> dic
         torch.set_rng_state(rng["cpu"])
         if rng["cuda"]:
             torch.cuda.set_rng_state(rng["cuda"][0])
+    if state.get("code") != runs.code_digest():
+        print(f"note: {path.parent} goes on with other code than it began with", file=sys.stderr)
     print(f"resumed after epoch {progress['epoch']} of {path.parent}")
     return progress
 
@@ -204,19 +206,24 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
     torch.manual_seed(args.seed)
     device = runs.pick_device(args.device)
     amp = runs.resolve_amp(args.amp, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # a suite has had other runs in this process
 
     # --- data ---
+    failed = None
     try:
         if process_rank() == 0:
-            train, test = load(args)
-        broadcast(None)  # the first rank has downloaded what all need
-        if process_rank():
             train, test = load(args)
     except DataError as error:
         if before is None:
             raise
-        print(f"note: the result is not compared with its images: {error}", file=sys.stderr)
+        failed = str(error)
+    failed = broadcast(failed)  # the first rank has downloaded what all need
+    if failed is not None:
+        print(f"note: the result is not compared with its images: {failed}", file=sys.stderr)
         return before
+    if process_rank():
+        train, test = load(args)
     if before and before["digest"] == test.digest():
         return before
     if before:
@@ -362,6 +369,7 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
         models.save_adapter(model, draft, config)
 
     # --- the one evaluation, with the last weights ---
+    replay = None  # a graph's memory is free again
     scores = evaluate(model, test, normalize, amp=amp, workers=args.workers)
     split = "val" if args.val else "test"
     metrics = {"dataset": own["dataset"], "method": args.method, "model": weights["tag"]}

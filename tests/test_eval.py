@@ -313,3 +313,11 @@ def test_scores_are_taken_in_the_precision_and_with_the_means_of_the_run(nano):
     net.pretrained_cfg = net.pretrained_cfg | {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     args = train.settle(runs.train_parser().parse_args(["--normalize", "model"]))
     assert data.mean_and_std(args, net) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize("names", [["a"] * 9, ["a\x1b"] * 10], ids=["nine", "escapes"])
+def test_names_of_classes_that_cannot_be_right(run, capsys, names):
+    folder = Path(run("--epochs", 1)["run"])
+    edit_config(folder, class_names=names)
+    code, _, err = score_again(capsys, folder)
+    assert code == 2 and "class_names" in err and err.count("\n") == 1

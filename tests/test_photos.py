@@ -224,6 +224,9 @@ def test_a_run_and_its_lists(flat, run, capsys):
     assert scored_again(folder, "--data-dir", str(moved))
     out, err = capsys.readouterr()
     assert "4 images" in out and not err
+    assert scored_again(folder, "--data-dir", str(moved), "--prune", "2")
+    assert scored_again(f"{folder}-prune2", "--data-dir", str(moved))
+    assert "4 images" in capsys.readouterr().out
     (moved / tested[0]["path"]).unlink()
     assert not scored_again(folder, "--data-dir", str(moved))
     assert tested[0]["path"] in capsys.readouterr().err
@@ -330,7 +333,7 @@ def test_one_image_in_two_training_classes_is_said(tmp_path, capsys):
 
 def test_predictions_of_several_places(flat, run, capsys):
     folder = run("--dataset", flat, *NANO)["run"]
-    places = [str(flat / "cat/0.png"), str(flat / "dog")]
+    places = [os.path.relpath(flat / "cat/0.png"), str(flat / "dog")]
     capsys.readouterr()
     assert scored_again(folder, "--predict", *places, "--top-k", "1")
     lines = capsys.readouterr().out.splitlines()

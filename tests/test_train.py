@@ -530,6 +530,13 @@ def test_ranks_resume(monkeypatch):
     assert_same_run(result_in("whole"), result_in("parts"))
 
 
+def test_ranks_agree_on_a_result_whose_images_are_gone(run, birds):
+    words = *map(str, BIRDS), str(birds), "--out", "runs"
+    run(*words)
+    (birds / "fgvc").rename(birds / "gone")
+    assert ranks_end(2, train_with(*words)) == [0, 0]
+
+
 def test_a_batch_that_ranks_cannot_share(monkeypatch, capfd):
     monkeypatch.setattr(time, "sleep", lambda seconds: os._exit(77))  # by then torchrun ends it
     assert ranks_end(2, train_with("--batch-size", 33)) == [2, 77]
