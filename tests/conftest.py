@@ -103,6 +103,22 @@ def write_lists(folder, test, step):
     (folder / "test.txt").write_text("".join(lines[1000:]))
 
 
+def capture_on_cpu(step, model, img_size, batch_size):
+    """A stand-in for train.capture, where there is no CUDA graph."""
+    x = torch.zeros(batch_size, 3, img_size, img_size, dtype=torch.uint8)
+    y, size = torch.full((batch_size,), train.PADDING), torch.tensor(1.0)
+    train.hold_mask_prob(model)
+
+    def replay(batch, labels, count):
+        x[: len(batch)], y[: len(labels)] = batch, labels
+        y[len(labels) :] = train.PADDING
+        size.fill_(count)
+        model.zero_grad(set_to_none=False)  # a graph writes gradients anew, in their place
+        step(x, y, size)
+
+    return replay
+
+
 def stop_after(monkeypatch, epochs):
     save = train.save_state
 

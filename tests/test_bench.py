@@ -9,6 +9,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from conftest import capture_on_cpu
 
 import bench
 
@@ -81,3 +82,18 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, words):
         bench.main([*COMMON, "--no-memory", *words.split()])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "--methods" in err
+
+
+def test_a_replayed_step_trains_as_an_eager_one(args, monkeypatch):
+    monkeypatch.setattr(bench, "capture", capture_on_cpu)
+    images = torch.randint(0, 256, (8, 3, 28, 28), dtype=torch.uint8)
+    nets, build = [], bench.build
+    monkeypatch.setattr(bench, "build", lambda *given: nets.append(build(*given)) or nets[-1])
+    for method in ("mlae", "mlae+graph"):
+        torch.manual_seed(0)
+        step = bench.stepper(method, args, images)
+        for _ in range(4):  # the second step captures
+            step()
+    eager, replayed = (dict(net.named_parameters()) for net in nets)
+    for name, parameter in eager.items():
+        assert torch.allclose(parameter, replayed[name], rtol=1e-3, atol=1e-5), name

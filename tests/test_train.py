@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import log, stop_after
+from conftest import capture_on_cpu, log, stop_after
 from safetensors.torch import load_file
 from test_runs import end_of, ended, fewer_digits, fork, largest_file
 
@@ -620,23 +620,9 @@ def test_initial_weights_and_masks_are_drawn_by_the_seed(run):
 
 @pytest.mark.parametrize("words", [["--mask-schedule", "increase"], ["--method", "rmlora"]])
 def test_a_step_that_is_replayed_trains_as_an_eager_one(run, monkeypatch, words):
-    def stand_in(step, model, img_size, batch_size):  # for a CUDA graph, which there is not here
-        x = torch.zeros(batch_size, 3, img_size, img_size, dtype=torch.uint8)
-        y, size = torch.full((batch_size,), train.PADDING), torch.tensor(1.0)
-        train.hold_mask_prob(model)
-
-        def replay(batch, labels, count):
-            x[: len(batch)], y[: len(labels)] = batch, labels
-            y[len(labels) :] = train.PADDING
-            size.fill_(count)
-            model.zero_grad(set_to_none=False)  # a graph writes gradients anew, in their place
-            step(x, y, size)
-
-        return replay
-
     eager = run(*words, "--out", "eager")
     monkeypatch.setattr(train, "can_be_captured", lambda *arguments: True)
-    monkeypatch.setattr(train, "capture", stand_in)
+    monkeypatch.setattr(train, "capture", capture_on_cpu)
     replayed = run(*words, "--out", "replayed")
     wanted = load_file(Path(eager["run"], "adapter.safetensors"))
     found = load_file(Path(replayed["run"], "adapter.safetensors"))
