@@ -142,7 +142,7 @@ def test_the_function_in_the_docs_gives_the_probabilities_of_predict(run, capsys
     exec(page.split("```python")[1].split("```")[0], names)
     program = torch.export.load(tmp_path / "model.pt2").module()
     for row in csv.DictReader(answers.open()):
-        x = torch.from_numpy(names["pixels"](messy / row["image"], about))
+        x = torch.from_numpy(names["pixels"](messy / row["image"], about).copy())
         probability = program(x).softmax(1).max().item()
         assert probability == pytest.approx(float(row["probability"]), abs=1e-5)
 
