@@ -50,7 +50,7 @@ class ModelError(ValueError):
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its class's name if it has none."""
-    if "Weights only load failed" in str(error):  # torch goes on to say how to run what is in it
+    if "weights_only" in str(error):  # torch and timm go on to say how to run what is in it
         return "it holds more than tensors: objects that could run code"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

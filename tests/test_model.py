@@ -422,3 +422,10 @@ def test_a_pointer_is_not_the_weights(tmp_path):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(ModelError, match="git lfs pull"):
         models.create_backbone("vit_nano", 10, checkpoint=path)
+
+
+def test_torchs_advice_to_run_the_code_in_a_file_is_not_passed_on(tmp_path):
+    torch.save({"state_dict": nn.Linear(2, 2)}, tmp_path / "a.pth")
+    with pytest.raises(ModelError, match="could run code") as raised:
+        models.create_backbone("vit_nano", 10, checkpoint=tmp_path / "a.pth")
+    assert "weights_only" not in str(raised.value)

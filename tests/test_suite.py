@@ -365,3 +365,14 @@ def test_a_table_says_what_it_does_not_show(call, capsys):
         "svhn, mlae"
     ]
     assert "dtd, mlae: lr 0.1 as run" in out
+
+
+def test_what_was_not_compared_is_said_and_latex_has_its_protocol(call, capsys):
+    for lr in (0.1, 0.2):
+        ran("svhn", 0, 90.0, val=True, lr=lr)
+    for p in (0.0, 0.5):
+        ran("svhn", 0, 80.0, mask_prob=p)
+    suite.main(["--table", "runs", "--against", "mask_prob=0", "--format", "latex"])
+    out, err = capsys.readouterr()
+    assert "vtab-1k, val is not compared" in err
+    assert f"% {suite.PROTOCOL}" in out and "% svhn: originals" in out

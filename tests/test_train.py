@@ -308,6 +308,10 @@ def test_a_result_of_other_code_is_never_taken_in_silence(run, capsys, monkeypat
     assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
     assert run("--overwrite")["test_loss"] == first["test_loss"]
     assert config_of(first)["code"] == "other"
+    interrupted(monkeypatch, run, "--seed", 1)
+    monkeypatch.setattr(runs, "code_digest", lambda: "a third")
+    train.main([*QUICK, "--seed", "1", "--resume"])
+    assert "other code" in capsys.readouterr().err
 
 
 # --- errors ---------------------------------------------------------------------------------------
