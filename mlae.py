@@ -36,14 +36,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-PATTERNS = {  # how masking is spread over the layers, by their position from 0 to 1
-    "random": lambda pos: torch.ones_like(pos),
-    "incremental": lambda pos: 1 - pos,  # more active experts with depth
-    "decremental": lambda pos: pos,
-    "hourglass": lambda pos: 1 - (2 * pos - 1).abs(),  # dense at both ends
-    "protruding": lambda pos: (2 * pos - 1).abs(),
-}
-
 
 class MLAELinear(nn.Linear):
     """A frozen linear layer with `rank` masked rank-1 experts (the equation is above).
@@ -82,6 +74,38 @@ class MLAELinear(nn.Linear):
         self.lora_lambda = nn.Parameter(self.expert_mask * coef_init)  # (rank,)
         with torch.no_grad():
             self.lora_A *= self.expert_mask[:, None]
+
+    def coefficients(self) -> Tensor:
+        """c_i = m_i lambda_i (rank,): a new random mask at every call in training mode."""
+        mask = self.expert_mask
+        if self.training:
+            p = self._mask_prob if self.rate is None else self.rate
+            keep = torch.rand(self.rank, device=mask.device) >= p
+            mask = mask * keep / (1 - p)
+        return self.lora_lambda * mask
+
+    def two_branch(self, x: Tensor) -> Tensor:
+        """The definition, y = x W^T + b + ((x A^T) c) B^T; `forward` is the same, but faster. With
+        torch.func, which takes no autograd function, use this."""
+        A, B, c = self.lora_A, self.full_B(), self.coefficients()
+        return F.linear(x, self.weight, self.bias) + ((x @ A.T) * c) @ B.T  # (..., out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype, device = self.weight.dtype, x.device.type
+        autocast = not x.is_meta and torch.is_autocast_enabled(device)
+        if autocast and torch.float64 not in (dtype, x.dtype):
+            dtype = torch.get_autocast_dtype(device)
+        elif x.dtype != dtype:
+            raise RuntimeError(f"input is {x.dtype} but the layer's weight is {dtype}")
+        A, B, c = self.lora_A, self.full_B(), self.coefficients()
+        return _FoldedLinear.apply(x, self.weight, self.bias, A, B, c, dtype)
+
+    def full_B(self) -> Tensor:
+        """B with a row for every output (out, rank): zeros outside `rows`."""
+        if self.rows is None:
+            return self.lora_B
+        zeros = self.lora_B.new_zeros(self.out_features, self.rank)
+        return zeros.index_copy(0, self.rows, self.lora_B)  # (out, rank)
 
     def _add_factors(self, rank: int, rows: Tensor | None, device=None) -> None:
         """Freeze W and b; A starts at random, B at zero, on `device` if not on the weight's."""
@@ -142,38 +166,6 @@ class MLAELinear(nn.Linear):
         self._mask_prob = float(p)
         if self.rate is not None:
             self.rate.fill_(p)
-
-    def coefficients(self) -> Tensor:
-        """c_i = m_i lambda_i (rank,): a new random mask at every call in training mode."""
-        mask = self.expert_mask
-        if self.training:
-            p = self._mask_prob if self.rate is None else self.rate
-            keep = torch.rand(self.rank, device=mask.device) >= p
-            mask = mask * keep / (1 - p)
-        return self.lora_lambda * mask
-
-    def full_B(self) -> Tensor:
-        """B with a row for every output (out, rank): zeros outside `rows`."""
-        if self.rows is None:
-            return self.lora_B
-        zeros = self.lora_B.new_zeros(self.out_features, self.rank)
-        return zeros.index_copy(0, self.rows, self.lora_B)  # (out, rank)
-
-    def two_branch(self, x: Tensor) -> Tensor:
-        """The definition, y = x W^T + b + ((x A^T) c) B^T; `forward` is the same, but faster. With
-        torch.func, which takes no autograd function, use this."""
-        A, B, c = self.lora_A, self.full_B(), self.coefficients()
-        return F.linear(x, self.weight, self.bias) + ((x @ A.T) * c) @ B.T  # (..., out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype, device = self.weight.dtype, x.device.type
-        autocast = not x.is_meta and torch.is_autocast_enabled(device)
-        if autocast and torch.float64 not in (dtype, x.dtype):
-            dtype = torch.get_autocast_dtype(device)
-        elif x.dtype != dtype:
-            raise RuntimeError(f"input is {x.dtype} but the layer's weight is {dtype}")
-        A, B, c = self.lora_A, self.full_B(), self.coefficients()
-        return _FoldedLinear.apply(x, self.weight, self.bias, A, B, c, dtype)
 
     def _fold_onto(self, weight: Tensor) -> Tensor:
         c = self.lora_lambda * self.expert_mask
@@ -282,6 +274,15 @@ def hold_mask_prob(model: nn.Module) -> None:
         if isinstance(layer, MLAELinear):
             place = layer.weight.device
             layer.rate = torch.tensor(layer.mask_prob, dtype=torch.float64, device=place)
+
+
+PATTERNS = {  # how masking is spread over the layers, by their position from 0 to 1
+    "random": lambda pos: torch.ones_like(pos),
+    "incremental": lambda pos: 1 - pos,  # more active experts with depth
+    "decremental": lambda pos: pos,
+    "hourglass": lambda pos: 1 - (2 * pos - 1).abs(),  # dense at both ends
+    "protruding": lambda pos: (2 * pos - 1).abs(),
+}
 
 
 def mask_rates(pattern: str, num_layers: int, mask_prob: float) -> Tensor:

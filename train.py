@@ -257,14 +257,18 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
     steps = args.epochs * steps_per_epoch
     warmup = round(args.warmup_epochs * steps_per_epoch)
 
+    # --- what a stopped run has done, before anything of it is written over ---
+    if args.overwrite and not args.resume and process_rank() == 0:
+        state.unlink(missing_ok=True)
+    digest = train.digest()
+    done = restore(state, model, optimizer, scaler, digest)
+
     # --- the folder: from here on the run writes ---
     config = {"arguments": vars(args), "identity": own, "source": train.source, "amp": amp}
     config |= {"weights": weights, "data": test.description, "class_names": train.class_names}
     config |= runs.provenance(device)
     if process_rank() == 0:
         (folder / "metrics.json").unlink(missing_ok=True)
-        if args.overwrite and not args.resume:
-            state.unlink(missing_ok=True)
         for images in (train, test) if train.folder else ():  # which photo is of which part
             runs.write_csv(folder / f"{images.role}.csv", ["path", "label"], images.rows())
         if train.refused:
@@ -275,8 +279,6 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
     print("{trainable:,} of {total:,} parameters train, {head:,} in the head".format(**counts))
 
     # --- training ---
-    digest = train.digest()
-    done = restore(state, model, optimizer, scaler, digest)
     first = step = done["epoch"] * steps_per_epoch
     models.train_mode(model)
     method.before_step(model, step / steps)
