@@ -69,6 +69,10 @@ class Diverged(RunError):
     """Training ended in a loss that is not finite."""
 
 
+class OtherImages(RunError):
+    """A stopped run had other training images."""
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether that is what an error says: torch has a class for it on CUDA alone."""
     told = isinstance(error, RuntimeError) and any(word in str(error) for word in NO_MEMORY)

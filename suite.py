@@ -224,7 +224,7 @@ def run_all(todo: list[argparse.Namespace], left_out: dict[str, str]) -> list[tu
             continue
         except data.DataError as error:
             left_out[args.dataset] = str(error)
-        except runs.Diverged as error:
+        except (runs.Diverged, runs.OtherImages) as error:
             left_out[name] = str(error)
         except (MemoryError, RuntimeError) as error:
             if not runs.out_of_memory(error):
@@ -313,7 +313,7 @@ def compare(rows: list[dict], words: str) -> None:
     """Fill in, in place, the paired difference of each row to one configuration of its table; of
     means of tasks if both are over all tasks. RunError if the words, as in "lora" or "mlae
     mask_prob=0", fit none or several in every table."""
-    found = []
+    found, notes = [], []
     for _, table in itertools.groupby(rows, key=lambda row: (row["benchmark"], row["split"])):
         table = list(table)
         names = sorted({row["configuration"] for row in table})
@@ -331,11 +331,13 @@ def compare(rows: list[dict], words: str) -> None:
         if len(fit) != 1:
             what = f"{table[0]['benchmark']}, {table[0]['split']}"
             problem = f"{'none' if not fit else 'several'} of its configurations"
-            print(f"note: {what} is not compared: {words!r} fits {problem}", file=sys.stderr)
+            notes.append(f"note: {what} is not compared: {words!r} fits {problem}")
     if not any(row["against"] for row in rows):
         names = ", ".join(found or sorted({row["configuration"] for row in rows}))
         problem = "fits several" if found else "fits none"
         raise RunError(f"--against {words!r} {problem} of these configurations: {names}")
+    for note in notes:
+        print(note, file=sys.stderr)
 
 
 def settings_in(words: str) -> set[tuple]:

@@ -140,8 +140,8 @@ def save_state(path: Path, weights: dict, optimizer, scaler, digest: str, progre
 
 def restore(path: Path, model: nn.Module, optimizer, scaler, digest: str) -> dict:
     """Load what `save_state` wrote, if it is there, and return the progress, {"epoch": epochs done,
-    "rows": of the log, "seconds": of training}; all nothing if there is no state. Raises DataError if
-    its training images are not these, RunError for a file that cannot be read."""
+    "rows": of the log, "seconds": of training}; all nothing if there is no state. Raises OtherImages
+    if its training images are not these, RunError for a file that cannot be read."""
     nothing = {"epoch": 0, "rows": [], "seconds": 0.0}
     if not broadcast(path.exists()):
         return nothing
@@ -150,10 +150,9 @@ def restore(path: Path, model: nn.Module, optimizer, scaler, digest: str) -> dic
         progress, moments, rng = state["progress"], state["optimizer"]["state"], state["rng"]
         is_other = broadcast(state["digest"] != digest)
     if is_other:
-        stopped = (
-            f"{path.parent} was stopped after epoch {progress['epoch']} on other training images"
-        )
-        raise DataError(f"{stopped}: put them back, or start anew with --overwrite")
+        stopped = f"{path.parent} was stopped after epoch {progress['epoch']}"
+        remedy = "put them back, or start anew with --overwrite"
+        raise runs.OtherImages(f"{stopped} on other training images: {remedy}")
     with runs.reading(path, "remove it to start anew; "):
         models.load_strictly(model, state["weights"], models.adapter_state(model), "it")
         groups = optimizer.state_dict()["param_groups"]  # as the run's settings make them

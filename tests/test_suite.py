@@ -376,3 +376,15 @@ def test_what_was_not_compared_is_said_and_latex_has_its_protocol(call, capsys):
     out, err = capsys.readouterr()
     assert "vtab-1k, val is not compared" in err
     assert f"% {suite.PROTOCOL}" in out and "% svhn: originals" in out
+
+
+def test_a_run_that_was_stopped_on_other_images_leaves_out_no_other_run(call, monkeypatch):
+    def score(args):
+        if args.seed == 0:
+            raise runs.OtherImages("it was stopped on other training images")
+        return 50.0
+
+    pretend(monkeypatch, score)
+    out = call("--seed", 0, 1)
+    assert "left out: mlae on digits, seed 0: it was stopped" in out
+    assert last_rows(out)[0]["seeds"] == [1]
