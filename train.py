@@ -26,6 +26,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from tqdm import tqdm
 import model as models
 import runs
 from data import NORMALIZE, DataError, create_normalizer, find_task, load_data
-from eval import evaluate
+from eval import predict, score
 from methods import METHODS, Method
 from mlae import hold_mask_prob
 from runs import PADDING, Diverged, RunError, broadcast, process_rank, settle, world_size
@@ -371,7 +372,10 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
 
     # --- the one evaluation, with the last weights ---
     replay = None  # a graph's memory is free again
-    scores = evaluate(model, test, normalize, amp=amp, workers=args.workers)
+    logits, labels = predict(model, test, normalize, amp=amp, workers=args.workers)
+    scores, is_right = score(logits, labels), logits.argmax(1) == labels
+    with runs.write_atomically(folder / "correct.npy") as draft, open(draft, "wb") as file:
+        np.save(file, np.packbits(is_right.numpy()))  # a bit an image, in their order
     split = "val" if args.val else "test"
     metrics = {"dataset": own["dataset"], "method": args.method, "model": weights["tag"]}
     metrics |= {"seed": args.seed} | {f"{split}_{name}": value for name, value in scores.items()}
