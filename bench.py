@@ -40,7 +40,7 @@ import runs
 from methods import ALL_LINEARS, MAIN, METHODS, Method, adapters
 from model import ModelError
 from runs import COUNT, RunError
-from train import capture
+from train import capture, parameter_groups
 
 CLASSES = 100
 PEERS = [name for name in ("peft", "loralib") if find_spec(name)]
@@ -123,7 +123,7 @@ def stepper(method: str, args: argparse.Namespace, images: Tensor):
 
     if scoring:
         return score
-    optimizer = torch.optim.AdamW(models.parameter_groups(net, 1e-4), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(net, 1e-4), lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     row = METHODS.get(method, Method(trains=method))  # whose hooks do nothing
     replay, calls = None, 0

@@ -282,7 +282,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike) -> None:
     """
     state, ranks, adapted, head = {}, {}, adapters(model), heads(model)
     for name, layer in adapted.items():
-        if type(layer) is not MLAELinear:
+        if not isinstance(layer, MLAELinear):
             what = f"a {type(layer).__name__} ({name})"
             raise ModelError(f"PEFT's LoRA cannot hold {what}: no product of A and B")
         if layer.rank:

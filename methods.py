@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mlae import MLAELinear, expert_similarity, fixed_masks, mask_rates, set_mask_prob
+from mlae import SCHEDULES, MLAELinear, expert_similarity, fixed_masks, mask_rates, set_mask_prob
 
 
 # --- the row of a method --------------------------------------------------------------------------
@@ -89,13 +89,6 @@ class Method:
 
 # which masks act: (a new one at every step, one drawn for good)
 MASKINGS = {"stochastic": (True, False), "fixed": (False, True), "mixed": (True, True)}
-SCHEDULES = {  # the factor on p at a progress from 0 to 1 of the training
-    "constant": lambda progress: 1.0,
-    "increase": lambda progress: progress,
-    "decrease": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress),
-    "off-at-end": lambda progress: min(1.0, 10 * (1 - progress)),  # over the last tenth
-}
 
 
 def mlae_layers(model: nn.Module) -> dict[str, MLAELinear]:
@@ -200,8 +193,34 @@ def similarity_log(model: nn.Module) -> dict:
 
 def lora_plan(names: Sequence[str], settings: dict) -> list[dict]:
     """LoRA (Hu et al. 2021) is MLAE without masks and with lambda fixed at alpha / rank."""
-    shared = {"rank": settings["rank"], "coef_init": settings["coef_init"]}
-    return [shared | {"mask_prob": 0.0}] * len(names)
+    shared = {"rank": settings["rank"], "coef_init": settings["coef_init"], "mask_prob": 0.0}
+    if "lora_dropout" in settings:
+        shared["dropout"] = settings["lora_dropout"]
+    return [shared] * len(names)
+
+
+class LoRALinear(MLAELinear):
+    """LoRA with dropout on its input, as PEFT has it: y = x W^T + b + ((drop(x) A^T) c) B^T.
+
+    `dropout` is the probability, in [0, 1), that an entry of x is dropped in training. What the
+    frozen weight and the update see is then not the same x, so that nothing can be folded into one
+    product: with dropout a step takes the two branches and their time. Raises ValueError as
+    MLAELinear does, and for another probability.
+    """
+
+    def __init__(self, *sizes, dropout: float = 0.0, **keywords) -> None:
+        super().__init__(*sizes, **keywords)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {dropout}")
+        self.dropout = dropout
+
+    def two_branch(self, x: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.dropout, self.training)  # (..., in)
+        A, B, c = self.lora_A, self.full_B(), self.coefficients()
+        return F.linear(x, self.weight, self.bias) + (F.linear(dropped, A) * c) @ B.T  # (..., out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two_branch(x) if self.training and self.dropout else super().forward(x)
 
 
 def rmlora_plan(names: Sequence[str], settings: dict) -> list[dict]:
@@ -488,8 +507,8 @@ METHODS: dict[str, Method] = {
     ),
     "lora": Method(
         trains="low-rank adaptation (Hu et al. 2021)",
-        layer=MLAELinear,
-        settings={"rank": 8, "coef_init": 1.0},
+        layer=LoRALinear,
+        settings={"rank": 8, "coef_init": 1.0, "lora_dropout": 0.0},
         layer_settings=lora_plan,
         frozen=lambda settings: ("lora_lambda",),
         after_epoch=similarity_log,

@@ -284,6 +284,14 @@ PATTERNS = {  # how masking is spread over the layers, by their position from 0 
     "protruding": lambda pos: (2 * pos - 1).abs(),
 }
 
+SCHEDULES = {  # over the training: the factor on p at a progress from 0 to 1
+    "constant": lambda progress: 1.0,
+    "increase": lambda progress: progress,
+    "decrease": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress),
+    "off-at-end": lambda progress: min(1.0, 10 * (1 - progress)),  # over the last tenth
+}
+
 
 def mask_rates(pattern: str, num_layers: int, mask_prob: float) -> Tensor:
     """Masking probability of each layer (num_layers,), float64, with mean `mask_prob`.

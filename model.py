@@ -356,22 +356,6 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return {name: sum(p.numel() for p in part) for name, part in parts.items()}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, factor=lambda name: 1.0) -> list[dict]:
-    """What trains: matrices with weight decay; vectors, and what timm exempts, without. `factor`
-    gives a parameter's learning rate, by its name, over that of the rest."""
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups: dict[tuple, list] = {(weight_decay, 1.0): [], (0.0, 1.0): []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = parameter.ndim > 1 and name not in exempt
-            key = weight_decay if decays else 0.0, factor(name)
-            groups.setdefault(key, []).append(parameter)
-    made = []
-    for (decay, rate), params in groups.items():
-        made.append({"params": params, "weight_decay": decay, "factor": rate})
-    return made
-
-
 def train_mode(model: nn.Module) -> None:
     """Training mode, but the running statistics of a frozen batch norm stay as they are."""
     model.train()

@@ -253,6 +253,7 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--freeze-lambda", "lambda stays as it starts, as in lora", **on | {"default": None})
     flag("--lambda-lr", "learning rate of lambda over the rest's", type=POSITIVE, metavar="FACTOR")
     flag = titled("other methods")
+    flag("--lora-dropout", "lora: of the adapter's input, as in PEFT", type=FRACTION)
     flag("--penalty-weight", "rmlora: of the orthogonality penalty", type=SIZE)
     flag("--active-ranks", "rmlora: ranks of a layer that learn at a step", type=COUNT)
     words = "rmlora: the same ranks of A and B learn (1), or they are drawn apart (2)"

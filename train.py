@@ -51,6 +51,22 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+def parameter_groups(model: nn.Module, weight_decay: float, factor=lambda name: 1.0) -> list[dict]:
+    """What trains: matrices with weight decay; vectors, and what timm exempts, without. `factor`
+    gives a parameter's learning rate, by its name, over that of the rest."""
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups: dict[tuple, list] = {(weight_decay, 1.0): [], (0.0, 1.0): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and name not in exempt
+            key = weight_decay if decays else 0.0, factor(name)
+            groups.setdefault(key, []).append(parameter)
+    made = []
+    for (decay, rate), params in groups.items():
+        made.append({"params": params, "weight_decay": decay, "factor": rate})
+    return made
+
+
 def finished(folder: Path, args: argparse.Namespace) -> dict | None:
     """The metrics of a run that has ended; None if there is none that can be read, or it is to be
     overwritten. RunError if the folder holds a run of other arguments, as defaults have changed, or
@@ -250,7 +266,7 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
 
     # --- optimizer and schedule ---
     factor = partial(method.lr_factor, settings=model.method_settings)
-    groups = models.parameter_groups(model, args.weight_decay, factor)
+    groups = parameter_groups(model, args.weight_decay, factor)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)  # one call for all tensors
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # no image is dropped

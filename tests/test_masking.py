@@ -15,8 +15,8 @@ import eval as evaluation
 import model as models
 import runs
 import suite
-from methods import METHODS, SCHEDULES
-from mlae import PATTERNS, expert_similarity, mask_rates
+from methods import METHODS
+from mlae import PATTERNS, SCHEDULES, expert_similarity, mask_rates
 
 MLAE = METHODS["mlae"]
 TWO = {"attn.qkv": 0.5, "mlp.fc1": 0.3}

@@ -16,7 +16,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import eval as evaluation
 import model as models
 import runs
-from methods import ALL_LINEARS, METHODS, MoRLinear, SNELLLinear, allocate_sparsity
+from methods import (
+    ALL_LINEARS,
+    METHODS,
+    LoRALinear,
+    MoRLinear,
+    SNELLLinear,
+    allocate_sparsity,
+)
 
 LAYERED = [method for method, row in METHODS.items() if row.layer]
 
@@ -104,7 +111,7 @@ def test_training_starts_at_the_pretrained_model(method, images):
 def test_settings_of_other_methods_are_ignored_and_unknown_ones_are_not():
     net = make("linear", rank=4)
     assert net.method == "linear" and net.method_settings == {}
-    assert make("lora").method_settings == {"rank": 4, "coef_init": 1.0}
+    assert make("lora").method_settings == {"rank": 4, "coef_init": 1.0, "lora_dropout": 0.0}
     with pytest.raises(TypeError, match="rnak"):
         make("linear", rnak=4)
 
@@ -381,6 +388,33 @@ def test_mor_says_why_it_does_not_merge():
 
 
 # ---- RM-LoRA
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_dropout_of_lora_is_pefts(mode):
+    """In float64, with the same mask of inputs: outputs and all gradients."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    linear = nn.Linear(6, 10, dtype=torch.float64)
+    ours = LoRALinear.from_linear(linear, rank=4, mask_prob=0, coef_init=2.0, dropout=0.4)
+    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.4, target_modules=["0"])
+    twin = peft.get_peft_model(nn.Sequential(copy.deepcopy(linear)), config)
+    theirs = twin.base_model.model[0]
+    A, B = theirs.lora_A["default"].to(torch.float64), theirs.lora_B["default"].to(torch.float64)
+    nn.init.normal_(ours.lora_B)
+    A.weight.data, B.weight.data = ours.lora_A.data.clone(), ours.lora_B.data.clone()
+    inputs, outputs = [], []
+    for layer in (ours, theirs):
+        getattr(layer, mode)()
+        torch.manual_seed(3)
+        inputs.append(torch.linspace(-1, 1, 5 * 7 * 6, dtype=torch.float64).view(5, 7, 6))
+        outputs.append(layer(inputs[-1].requires_grad_()))
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    pairs = [inputs, [ours.lora_A, A.weight], [ours.lora_B, B.weight]]
+    for one, other in pairs:
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
+    merged = ours.to_linear()(inputs[0])
+    assert torch.allclose(merged, outputs[0]) == (mode == "eval")  # it acts in training alone
 
 
 def test_the_penalty_is_the_mean_of_norms_with_its_gradient():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import model as models
+import train
 from methods import METHODS
 from model import ModelError
 
@@ -254,13 +255,13 @@ def test_the_head_of_another_librarys_model_trains_and_is_saved(tmp_path):
 
 def test_vectors_and_positions_have_no_weight_decay():
     net = plain_nano()
-    decayed, exempt = models.parameter_groups(net, 0.1)
+    decayed, exempt = train.parameter_groups(net, 0.1)
     assert decayed["weight_decay"] == 0.1 and exempt["weight_decay"] == 0
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     want = {name for name, p in net.named_parameters() if p.ndim < 2} | {"pos_embed", "cls_token"}
     assert {names[id(parameter)] for parameter in exempt["params"]} == want
     assert len(decayed["params"]) + len(exempt["params"]) == len(names)
-    decayed, exempt = models.parameter_groups(create(), 0.1)
+    decayed, exempt = train.parameter_groups(create(), 0.1)
     assert len(decayed["params"]) == 2 * 6 + 1 and len(exempt["params"]) == 6 + 1  # lambda, bias
 
 

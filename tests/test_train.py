@@ -579,6 +579,7 @@ def test_every_setting_changes_the_training(run):
 
 
 OWN = {  # settings of the other methods
+    "lora": ["--lora-dropout 0.2"],
     "rmlora": ["--penalty-weight 3", "--active-ranks 1", "--variant 1"],
     "mor": ["--num-experts 2"],
     "snell": ["--sparsity 0.5", "--gate paper"],
