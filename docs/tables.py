@@ -25,7 +25,7 @@ RESULTS = ROOT / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 FENCE = re.compile(r"^```\n(?:.*\n)*?```$", re.MULTILINE)
 NAMED = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
-COLUMNS = {  # of README's table: (method, p, masking)
+COLUMNS = {  # of the tables of methods: (method, p, masking)
     "linear": ("linear", None, None),
     "LoRA": ("lora", None, None),
     "RM-LoRA": ("rmlora", None, None),
@@ -66,6 +66,25 @@ def tested(name: str, task: str, method: str, p: float | None, masking: str | No
 def spread(top1: pandas.Series) -> str:
     top1 = top1.astype(float)
     return f"{top1.mean():.2f} ± {top1.std():.2f} ({len(top1)})" if len(top1) else ""
+
+
+def first() -> pandas.DataFrame:
+    """README's first table: what the main question needs."""
+    cells = {}
+    for row, task, of_mlae, of_others in (
+        ("part of CIFAR-100", "cifar", "real", "real"),
+        ("part of Caltech101", "caltech101", "real", "real"),
+        ("digits (the demo)", "digits", "masking", "methods"),
+    ):
+        scores = {}
+        for name in ("linear", "LoRA", "MLAE, p = 0.5", "full"):
+            folder = of_mlae if name.startswith("MLAE") else of_others
+            scores[name] = tested(folder, task, *COLUMNS[name]).set_index("seed")["top1"]
+        a, b = (scores[name].to_dict() for name in ("MLAE, p = 0.5", "LoRA"))
+        mean, low, high, _ = suite.paired_difference(a, b)
+        cells[row] = {name: spread(top1) for name, top1 in scores.items()}
+        cells[row]["MLAE - LoRA, paired [95 %]"] = f"{mean:+.2f} [{low:.2f}, {high:.2f}]"
+    return pandas.DataFrame(cells).T.rename_axis("")
 
 
 def methods() -> pandas.DataFrame:
@@ -140,7 +159,7 @@ def renew_block(match: re.Match) -> str:
 
 def renew(text: str) -> str:
     """The text of a page with its tables made anew."""
-    named = {one.__name__: one for one in (methods, searched, pruned, hours, published)}
+    named = {one.__name__: one for one in (first, methods, searched, pruned, hours, published)}
     text = FENCE.sub(renew_block, text)
 
     def renew_table(match: re.Match) -> str:
