@@ -16,15 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pandas
@@ -37,12 +33,13 @@ from tqdm import tqdm
 import data
 import model as models
 import runs
-from methods import ALL_LINEARS, MAIN, METHODS, Method, adapters
+from methods import MAIN, METHODS, Method, adapters
 from model import ModelError
 from runs import COUNT, RunError
 from train import capture, parameter_groups
 
 CLASSES = 100
+HOOKLESS = Method(trains="as a peer does")  # its hooks do nothing
 PEERS = [name for name in ("peft", "loralib") if find_spec(name)]
 SCORING = ["eval plain", f"eval {MAIN}", "eval merged"]
 KNOWN = ["floor", *METHODS, "two-branch", *PEERS, *SCORING]
@@ -125,7 +122,7 @@ def stepper(method: str, args: argparse.Namespace, images: Tensor):
         return score
     optimizer = torch.optim.AdamW(parameter_groups(net, 1e-4), lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    row = METHODS.get(method, Method(trains=method))  # whose hooks do nothing
+    row = METHODS.get(method, HOOKLESS)
     replay, calls = None, 0
 
     def accumulate_gradients(x: Tensor, y: Tensor, size: int | Tensor) -> None:
@@ -227,38 +224,6 @@ def peak_of(method: str, args: argparse.Namespace) -> int | None:
     return runs.peak_memory_mb(images.device)
 
 
-def gpu_report(device: str) -> None:
-    """Run the tests that need a GPU, measure steps eagerly and captured, and 100 epochs of a task of
-    1000 images: some minutes of an H200. On a CPU it is a rehearsal: small, and without graphs."""
-    names = ["floor", MAIN, "two-branch", "lora", *PEERS, "full"]
-    if device == "cuda":
-        names += [f"{name}+graph" for name in names]
-    size = ["--batch-size", "64", "--amp", "bf16", "--rounds", "3", "--steps", "30"]
-    models_of = ["--model", "vit_base_patch16_224"], ["--model", "vit_small_patch14_dinov2"]
-    pixels, epochs, cut = ["--img-size", "98"], "100", []
-    if device != "cuda":
-        size = ["--batch-size", "2", "--rounds", "1", "--steps", "1", "--images", "8"]
-        models_of, pixels = [["--model", "vit_tiny_patch16_224"]] * 2, ["--img-size", "32"]
-        epochs, cut = "1", ["--model", "vit_nano", "--img-size", "14"]
-    base, small = models_of
-    step = ["bench.py", "--device", device, *size, "--no-memory", "--methods"]
-    memory = ["bench.py", "--device", device, *size, *base, "--methods", "floor", MAIN, *PEERS]
-    with tempfile.TemporaryDirectory() as out:
-        run = ["train.py", "--device", device, *base, "--no-pretrained", "--lr", "1e-3", *cut]
-        run += ["--epochs", epochs, "--out"]
-        for words in (
-            ["-m", "pytest", "-q", "-m", "cuda"],
-            [*step, *names, *base],
-            [*step, *names, *base, "--targets", *ALL_LINEARS],
-            [*step, *names, *small, *pixels],
-            memory,
-            [*run, f"{out}/graph"],
-            [*run, f"{out}/eager", "--graph", "off"],
-        ):
-            print("\n$ python", *words, flush=True)
-            subprocess.run([sys.executable, *words], cwd=Path(__file__).resolve().parent)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = runs.new_parser("bench.py", __doc__)
     flag = parser.add_argument
@@ -277,35 +242,28 @@ def main(argv: list[str] | None = None) -> None:
     flag("--rounds", type=COUNT, default=20, help="every method's turns (default: 20)")
     flag("--steps", type=COUNT, help="steps a turn (default: 1, on CUDA 10)")
     flag("--warmup", type=runs.WHOLE, default=2, help="steps before the rounds (default: 2)")
-    words = "prove and measure what is special on a GPU: its tests, eager and captured steps, a run"
-    flag("--gpu-report", action="store_true", help=words)
     flag("--no-memory", action="store_true", help="leave out the memory, a process a method")
     flag("--device", choices=runs.DEVICES, default="auto", help="default: auto")
     args = parser.parse_args(argv, argparse.Namespace(graph=False))
     with runs.one_line("bench.py"):
         device = runs.pick_device(args.device)
-        if args.gpu_report:
-            return gpu_report(device.type)
+        on_cuda = device.type == "cuda"
         if not args.methods:
-            args.methods = list(KNOWN)
-            for name in KNOWN if device.type == "cuda" else ():
-                if not name.startswith("eval") and (
-                    name not in METHODS or METHODS[name].capturable
-                ):
+            args.methods = [*KNOWN]
+            for name in KNOWN[: -len(SCORING)] if on_cuda else ():
+                if METHODS.get(name, HOOKLESS).capturable:
                     args.methods.append(f"{name}+graph")
         for method in args.methods:
             name, *options = method.split("+")
             if name not in KNOWN or not set(options) <= set(OPTIONS):
-                extra = f"each with +{', +'.join(OPTIONS)}; peft and loralib if they are installed"
+                extra = f"each with +{', '.join(OPTIONS)}; peft and loralib if they are installed"
                 raise RunError(f"--methods {method!r}: there are {', '.join(KNOWN)}, {extra}")
-            if name.startswith("eval ") and {"accumulate4", "grad-checkpoint", "graph"} & set(
-                options
-            ):
+            if name in SCORING and set(options) - {"compile", "bf16", "fp16"}:
                 raise RunError(f"--methods {method!r}: scoring has no backward pass")
-        if device.type != "cuda" and any("+graph" in method for method in args.methods):
-            raise RunError("--methods with +graph need a CUDA GPU")
+            if "graph" in options and not on_cuda:
+                raise RunError(f"--methods {method!r}: a graph needs a CUDA GPU")
         args.img_size = args.img_size or models.input_size(args.model)
-        args.steps = args.steps or (10 if device.type == "cuda" else 1)
+        args.steps = args.steps or (10 if on_cuda else 1)
         measured = () if args.no_memory else args.methods
         try:
             rows = measure(args, {method: memory(method, args) for method in measured})
