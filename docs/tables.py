@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/results.md anew, from results/: python docs/tables.py
+"""Writes the tables of the PAGES below anew, from results/: python docs/tables.py
 
 In a code block the test tables of its `python suite.py --table` command stand below it; elsewhere a
 table stands between `<!-- table: its name -->` and `<!-- end -->`.
@@ -22,7 +22,8 @@ import data  # noqa: E402
 import suite  # noqa: E402
 
 RESULTS = ROOT / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "demo.md"]
+PAGES += [RESULTS / "README.md"]
 FENCE = re.compile(r"^```\n(?:.*\n)*?```$", re.MULTILINE)
 NAMED = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 COLUMNS = {  # of the tables of methods: (method, p, masking)

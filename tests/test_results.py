@@ -1,5 +1,6 @@
-"""Every number on README.md and docs/results.md is one of the runs in results/."""
+"""Every number on the pages about results is one of the runs in results/."""
 
+import importlib
 import itertools
 import json
 import re
@@ -12,8 +13,7 @@ import suite
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-PAGE = (ROOT / "docs" / "results.md").read_text()
-README = (ROOT / "README.md").read_text()
+MADE = (RESULTS / "README.md").read_text()  # how the runs were made
 # a mean, one seed, or a line of train.py and eval.py; accuracies have two digits, similarities three
 NUMBER = r"\d+\.\d{2,3} ± \d+\.\d{2,3}|\d+\.\d{2,3} \(1\)"
 NUMBER += r"|(?:test top-1|mean over classes) \d+\.\d\d %"
@@ -26,6 +26,13 @@ def files():
     """{name: the runs in results/<name>.csv}"""
     paths = set(RESULTS.glob("*.csv")) - {suite.PUBLISHED, RESULTS / "pruning.csv"}
     return {path.stem: suite.read_runs(path).astype({"top1": float}) for path in sorted(paths)}
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """docs/tables.py"""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module("tables")
 
 
 def but(runs, *names):
@@ -42,7 +49,7 @@ def spread(values, digits=2):
     return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
 
 
-def test_every_number_on_the_pages_is_a_result(files):
+def test_every_number_on_the_pages_is_a_result(files, tables):
     numbers, differences = set(), set()
     both = pandas.concat([files["real"], files["other-rates"]])  # the page compares these, too
     for found in [*files.values(), both]:
@@ -64,16 +71,13 @@ def test_every_number_on_the_pages_is_a_result(files):
                     differences.add(f"{round(mean, 2) + 0.0:+.2f} [{low:.2f}, {high:.2f}]")
     pruned = pandas.read_csv(RESULTS / "pruning.csv").groupby(["mask_prob", "experts"])
     numbers |= {spread(top1) for _, top1 in pruned["test_top1"]}
-    for page in (README, PAGE):
-        text = " ".join(page.split())
-        assert not set(re.findall(NUMBER, text)) - numbers
-        assert not set(re.findall(DIFFERENCE, text)) - differences
+    for page in tables.PAGES:
+        text = " ".join(page.read_text().split())
+        assert not set(re.findall(NUMBER, text)) - numbers, page
+        assert not set(re.findall(DIFFERENCE, text)) - differences, page
 
 
-def test_every_table_is_made_from_the_runs(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    import tables
-
+def test_every_table_is_made_from_the_runs(tables):
     for page in tables.PAGES:
         assert tables.renew(page.read_text()) == page.read_text(), "run python docs/tables.py"
 
@@ -95,13 +99,13 @@ def test_each_choice_is_the_best_on_val200_of_at_least_four(files, name, count):
         choices.append((*tested[["method", "task"]].iloc[0], str(best), ", ".join(tried)))
     assert len(choices) == count
     if name == "real":
-        assert sorted(CHOSEN.findall(PAGE)) == sorted(choices)
+        assert sorted(CHOSEN.findall(MADE)) == sorted(choices)
 
 
-def test_the_runs_name_no_place_of_their_machine_and_the_page_their_versions(files):
+def test_the_runs_name_no_place_of_their_machine_and_a_page_their_versions(files):
     used = set()
     for found in files.values():
         assert not found[["run", "checkpoint"]].map(str).stack().str.startswith("/").any()
         if "torch" in found:
             used |= set("torch " + found["torch"].str.split("+").str[0] + ", timm " + found["timm"])
-    assert set(re.findall(r"torch \d[\d.]*\d, timm \d[\d.]*\d", PAGE)) == used
+    assert set(re.findall(r"torch \d[\d.]*\d, timm \d[\d.]*\d", " ".join(MADE.split()))) == used
