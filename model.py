@@ -19,7 +19,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import timm
@@ -104,20 +104,16 @@ def find_method(name: str) -> Method:
 
 def input_size(name: str) -> int:
     """Side in pixels of the square images that a timm model takes by default. Raises ModelError for
-    a name that timm does not know, with the nearest ones."""
+    a name or tag that timm does not know, with the nearest ones."""
     if name == "vit_nano":
         return NANO["img_size"]
+    if name.startswith(("hf-hub:", "hf_hub:")) or timm.is_model(name):
+        with suppress(RuntimeError):  # the architecture is known, the tag is not
+            cfg = timm.get_pretrained_cfg(name)
+            return cfg.input_size[-1] if cfg else 224
     stem = name.split(".")[0]
-    if not name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(name):
-        near = difflib.get_close_matches(stem, timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ModelError(f"timm has no model {name!r}{hint}")
-    try:
-        cfg = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # the architecture is known, the tag is not
-        tags = ", ".join(timm.list_pretrained(f"{stem}.*")) or "none"
-        raise ModelError(f"timm has no weights {name!r}; there are: {tags}") from None
-    return cfg.input_size[-1] if cfg else 224
+    near = timm.list_pretrained(f"{stem}.*") or difflib.get_close_matches(stem, timm.list_models())
+    raise ModelError(f"timm has no model {name!r}; the nearest are: {', '.join(near) or 'none'}")
 
 
 def create_backbone(
@@ -150,11 +146,11 @@ def create_backbone(
             del arguments["img_size"]  # a convolutional network takes images of any size
             model = timm.create_model(timm_name, pretrained=download, **arguments)
     except Exception as error:  # whatever timm and the hub raise for a size or a failed download
-        reason = first_line(error).rstrip(".")
-        if download:
-            reason += "; without a network, give the weights with --checkpoint"
-        made = f"{name} ({img_size=}, {drop_path=})"
-        raise ModelError(f"timm cannot make {made}: {reason}") from error
+        hint = "; without a network, give the weights with --checkpoint" if download else ""
+        reason = first_line(error).rstrip(".") + hint
+        raise ModelError(
+            f"timm cannot make {name} ({img_size=}, {drop_path=}): {reason}"
+        ) from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     side = timm.layers.to_2tuple(patch)[0]
     if img_size and img_size % side:
@@ -168,7 +164,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
     """Load a local file's backbone, not its head, into a timm model. Timm's own filter renames the
     keys and resamples position grids and patch embeddings. Raises ModelError if a tensor is
     missing, left over or of another shape."""
-    path = Path(path)
+    path, name = Path(path), architecture(model)
     if not path.is_file():
         raise ModelError(f"--checkpoint: there is no file {path}")
     try:
@@ -184,11 +180,12 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
         for prefix in ("module.", "_orig_mod.", "backbone."):
             if all(key.startswith((prefix, "head", "dino_head", "ibot_head")) for key in state):
                 state = {key.removeprefix(prefix): value for key, value in state.items()}
+        registers = {"reg_token", "register_tokens"} & state.keys()
+        if registers and getattr(model, "reg_token", None) is None:
+            raise ValueError(f"it has register tokens, {name} has none: take a model with them")
         family = sys.modules[type(model).__module__]
         if hasattr(family, "checkpoint_filter_fn"):
             state = family.checkpoint_filter_fn(state, model)
-        if not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError("it holds no tensors by name")
     except Exception as error:  # readers and filters raise many classes of error for another file
         raise ModelError(f"cannot load checkpoint {path}: {first_line(error)}") from error
     head = tuple(f"{name}." for name in heads(model))
@@ -205,12 +202,11 @@ def inject(
     Returns the paths of the replaced layers.
 
     `targets` are ends of module paths: "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"; "attn.q",
-    "attn.k" and "attn.v" mean those rows of a fused "attn.qkv". The head and the patch embedding
-    are never targets. `head` is the path of the classifier, or several, which train too; () for
-    none. None asks timm's `get_classifier`, which other libraries' models do not have. `settings`
-    are as for `create`. `masking` is "stochastic" (a new mask every step), "fixed" (drawn here,
-    once, from torch's generator) or "mixed" (both); `pattern` spreads the masking probability over
-    the layers in their order, see `mlae.mask_rates`.
+    "attn.k" and "attn.v" mean those rows of a fused "attn.qkv". Head and patch embedding are never
+    targets. `head` names the classifier, or several, which train too, () none, if timm's
+    `get_classifier` is not there to say. `settings` are as for `create`: `masking` is "stochastic"
+    (a new mask every step), "fixed" (drawn here, once, from torch's generator) or "mixed" (both);
+    `pattern` spreads the masking probability over the layers in order, see `mlae.mask_rates`.
 
     Raises ModelError, the model untouched, for a target that matches nothing (listing what there
     is), a head that is not known, a weight that two layers share, a model injected already, a bad
@@ -228,20 +224,16 @@ def inject(
         raise ModelError(f"{name} does not tell its classifier: name it, as in head='fc'")
     chosen = find_layers(model, targets) if row.layer else {}
     own = row.complete(settings)
-    rank, factor = own.get("rank", 1), own.get("coef_init", 1.0)
     for path in chosen:  # before memory is taken
-        most = min(model.get_submodule(path).weight.shape)
-        if isinstance(rank, int) and rank > most:
+        rank, most = own.get("rank", 1), min(model.get_submodule(path).weight.shape)
+        if rank > most:
             raise ModelError(f"--rank {rank}: {path} of {name} has at most {most}")
-    if not abs(factor) <= torch.finfo(torch.float32).max:
-        raise ModelError(f"--coef-init {factor}: float32 cannot hold it")
     layers = {}
     try:
         thawed = row.unfrozen(model)
         plan = row.layer_settings(list(chosen), own)
         for (path, rows), keywords in zip(chosen.items(), plan, strict=True):
-            if rows is not None:
-                keywords = keywords | {"rows": rows}
+            keywords = keywords | ({"rows": rows} if rows else {})
             layers[path] = row.layer.from_linear(model.get_submodule(path), **keywords)
     except ValueError as error:
         raise ModelError(str(error)) from error
@@ -293,50 +285,49 @@ def find_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, list[int]
     "attn.q", "attn.k" and "attn.v" also mean those rows of a fused "attn.qkv", and CaiT has both.
     Raises ModelError for a target without a layer, listing the ends that there are, for rows that
     are not to be told apart, and for a tied weight."""
-    linears, architecture_name = linear_layers(model), architecture(model)
+    linears, name = linear_layers(model), architecture(model)
     chosen: dict[str, set[int]] = {}
+
+    def ending_in(words: str) -> list[str]:
+        return [path for path in linears if f".{path}".endswith(f".{words}")]
+
     for target in targets:
         stem, _, letter = target.rpartition(".")
-        fused = f"{stem}.qkv".lstrip(".") if letter in ("q", "k", "v") else None
-        matches = {}
-        for name, linear in linears.items():
-            if f".{name}".endswith(f".{target}"):
-                matches[name] = range(linear.out_features)
-            elif fused and f".{name}".endswith(f".{fused}"):
-                parent = type(model.get_submodule(name.rpartition(".")[0]))
-                third, rest = divmod(linear.out_features, 3)
-                if rest or parent.__module__.rpartition(".")[2] in INTERLEAVED:
-                    what = f"{name} of {architecture_name} has no {letter} rows of its own"
-                    raise ModelError(f"target {letter!r}: {what}")
-                start = "qkv".index(letter) * third
-                matches[name] = range(start, start + third)
-        if not matches:
+        whole = ending_in(target)
+        fused = ending_in(f"{stem}.qkv".lstrip(".")) if letter in ("q", "k", "v") else []
+        for path in whole:
+            chosen.setdefault(path, set()).update(range(linears[path].out_features))
+        for path in fused:
+            parent = type(model.get_submodule(path.rpartition(".")[0]))
+            third, rest = divmod(linears[path].out_features, 3)
+            if rest or parent.__module__.rpartition(".")[2] in INTERLEAVED:
+                what = f"{path} of {name} has no {letter} rows of its own"
+                raise ModelError(f"target {letter!r}: {what}")
+            start = "qkv".index(letter) * third
+            chosen.setdefault(path, set()).update(range(start, start + third))
+        if not whole + fused:
             ends = Counter()
-            for name in linears:
-                words = [word for word in name.split(".") if not word.isdigit()]
+            for path in linears:
+                words = [word for word in path.split(".") if not word.isdigit()]
                 ends[".".join(words[-2:])] += 1
             listing = ", ".join(f"{end} ({count})" for end, count in ends.items()) or "none"
-            what = f"target {target!r} matches no linear layer of {architecture_name}"
+            what = f"target {target!r} matches no linear layer of {name}"
             raise ModelError(f"{what}; there are: {listing}")
-        for name, rows in matches.items():
-            chosen.setdefault(name, set()).update(rows)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    found = {}
-    for name in filter(chosen.get, linears):  # in the order of the model
-        if owners[id(linears[name].weight)] > 1:
-            raise ModelError(f"the weight of {name} is tied to another layer's: adapt neither")
-        whole = len(chosen[name]) == linears[name].out_features
-        found[name] = None if whole else sorted(chosen[name])
-    return found
+    rows = {}
+    for path in filter(chosen.get, linears):  # in the order of the model
+        if owners[id(linears[path].weight)] > 1:
+            raise ModelError(f"the weight of {path} is tied to another layer's: adapt neither")
+        whole = len(chosen[path]) == linears[path].out_features
+        rows[path] = None if whole else sorted(chosen[path])
+    return rows
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:
     """The classifier by path: timm's (two in a distilled DeiT), or what `model.head_paths` says."""
     if hasattr(model, "head_paths"):
         return {name: model.get_submodule(name) for name in model.head_paths}
-    if not hasattr(model, "get_classifier"):
-        return {}
-    classifier = model.get_classifier()
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else ()
     wanted = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
     return {name: module for name, module in model.named_modules() if module in wanted}
 
@@ -417,20 +408,20 @@ def adapter_size(method: str, sizes: dict[str, tuple[int, int]], **settings) -> 
 
 
 def nearest_rank(method: str, sizes: dict[str, tuple], budget: int, **settings) -> int:
-    """The rank at which `adapter_size` comes nearest to a number of parameters. Raises ValueError
+    """The rank at which `adapter_size` comes nearest to a number of parameters. Raises ModelError
     for a method that has no rank, or no layers."""
     if "rank" not in METHODS[method].settings or not sizes:
-        raise ValueError(f"{method} has no rank to choose")
+        raise ModelError(f"--budget: {method} has no rank to choose")
     off = {}  # rank -> how far it is from the budget
     for rank in range(1, min(map(min, sizes.values())) + 1):
         try:
             off[rank] = adapter_size(method, sizes, **settings, rank=rank) - budget
-        except ValueError:
+        except ValueError as error:
             if rank % 2 == 0:  # a kernel refuses odd ranks; another setting is wrong
-                raise
+                raise ModelError(f"--budget: {error}") from error
         if off.get(rank, -1) >= 0:
             return min(off, key=lambda rank: abs(off[rank]))
-    raise ValueError(f"{budget:,} parameters are more than full rank has")
+    raise ModelError(f"--budget: {budget:,} parameters are more than full rank has")
 
 
 def rank_within(args: argparse.Namespace) -> int:
@@ -443,10 +434,7 @@ def rank_within(args: argparse.Namespace) -> int:
         sizes[name] = linear.in_features, len(rows) if rows else linear.out_features
     names = METHODS[args.method].settings.keys() - {"rank"}
     settings = {name: getattr(args, name) for name in names}
-    try:
-        rank = nearest_rank(args.method, sizes, args.budget, **settings)
-    except ValueError as error:
-        raise ModelError(f"--budget: {error}") from error
+    rank = nearest_rank(args.method, sizes, args.budget, **settings)
     count = adapter_size(args.method, sizes, rank=rank, **settings)
     print(f"--budget {args.budget:,}: rank {rank} is nearest, with {count:,} parameters")
     return rank
@@ -501,11 +489,11 @@ def load_strictly(model: nn.Module, state: dict, own: dict, file: str) -> None:
     """Load `state` if its keys and shapes are exactly those of `own`, a part of the model's state.
     Raises ModelError, the model untouched, if they are not, or a value is not finite; `file` says
     what was being read."""
-    other = [key for key in own if key in state and state[key].shape != own[key].shape]
+    shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
     problems = {
         "has unknown": [key for key in state if key not in own],
         "lacks": [key for key in own if key not in state],
-        "has other shapes (rank, classes, size) in": other,
+        "has other shapes (rank, classes, size) in": shapes,
     }
     for problem, keys in problems.items():
         if keys:
@@ -515,14 +503,8 @@ def load_strictly(model: nn.Module, state: dict, own: dict, file: str) -> None:
         wanted = own[key].dtype
         if value.dtype != wanted and not {value.dtype, wanted} <= FLOATS:
             raise ModelError(f"{file}: {key} is of {value.dtype}, not {wanted}")
-        if value.is_meta or value.layout != torch.strided:
-            raise ModelError(f"{file}: {key} is no dense tensor")
         if not value.to(wanted).isfinite().all():
             raise ModelError(f"{file}: {key} has values that are not finite")
-        if key.endswith(".rows"):
-            outputs = model.get_submodule(key.removesuffix(".rows")).out_features
-            if value.min() < 0 or value.max() >= outputs or len(value.unique()) < len(value):
-                raise ModelError(f"{file}: {key} are not different rows from 0 to {outputs - 1}")
     model.load_state_dict(state, strict=False)  # the rest of the model keeps its values
 
 

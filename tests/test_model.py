@@ -31,12 +31,6 @@ def tiny(classes=5, side=64, depth=1, **kwargs):
     return timm.create_model(name, num_classes=classes, img_size=side, depth=depth, **kwargs)
 
 
-def gradients(net, logits):
-    net.zero_grad()
-    logits.float().square().sum().backward()
-    return [p.grad.clone() for p in net.parameters() if p.requires_grad]
-
-
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_local_checkpoint_with_another_grid_and_head(tmp_path, suffix):
     source, path = tiny(7), tmp_path / f"w{suffix}"
@@ -68,9 +62,10 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
             return (open, (str(tmp_path / "owned"), "w"))
 
     torch.save({"model": Evil()}, tmp_path / "w.pth")
-    with pytest.raises(ModelError, match="w.pth"):
+    with pytest.raises(ModelError, match="w.pth: .*could run code") as raised:
         models.load_checkpoint(plain_nano(), tmp_path / "w.pth")
     assert not (tmp_path / "owned").exists()
+    assert "weights_only" not in str(raised.value)  # torch's advice to run it is not passed on
 
 
 def to_google(net):
@@ -87,16 +82,15 @@ def to_google(net):
         f"{attn}/out/bias": block.attn.proj.bias,
         f"{attn}/out/kernel": block.attn.proj.weight.T.reshape(3, 64, 192),
     }
-    for name, layer in (("Dense_0", block.mlp.fc1), ("Dense_1", block.mlp.fc2)):
-        out[f"{theirs}/MlpBlock_3/{name}/kernel"] = layer.weight.T
-        out[f"{theirs}/MlpBlock_3/{name}/bias"] = layer.bias
-    norms = {"encoderblock_0/LayerNorm_0": block.norm1, "encoderblock_0/LayerNorm_2": block.norm2}
-    for name, layer in (norms | {"encoder_norm": net.norm}).items():
-        out[f"Transformer/{name}/scale"] = layer.weight
-        out[f"Transformer/{name}/bias"] = layer.bias
     for i, name in enumerate(("query", "key", "value")):
         out[f"{attn}/{name}/kernel"] = block.attn.qkv.weight.chunk(3)[i].T.reshape(192, 3, 64)
         out[f"{attn}/{name}/bias"] = block.attn.qkv.bias.chunk(3)[i].reshape(3, 64)
+    for i, layer in enumerate((block.mlp.fc1, block.mlp.fc2)):
+        out[f"{theirs}/MlpBlock_3/Dense_{i}/kernel"] = layer.weight.T
+        out[f"{theirs}/MlpBlock_3/Dense_{i}/bias"] = layer.bias
+    norms = {f"{theirs}/LayerNorm_0": block.norm1, f"{theirs}/LayerNorm_2": block.norm2}
+    for name, layer in (norms | {"Transformer/encoder_norm": net.norm}).items():
+        out |= {f"{name}/scale": layer.weight, f"{name}/bias": layer.bias}
     return {name: tensor.detach().numpy() for name, tensor in out.items()}
 
 
@@ -137,8 +131,8 @@ def test_a_network_of_any_size_takes_img_size():
         ({"method": "sgd"}, "--method"),
         ({"masking": "often"}, "--masking"),
         ({"rank": 97}, "--rank 97"),
-        ({"coef_init": 1e39}, "--coef-init"),
-        ({"name": "vit_base_patch16_2244"}, "vit_base_patch16_224"),
+        ({"name": "vit_base_patch16_2244"}, "vit_base_patch16_224,"),
+        ({"name": "vit_base_patch16_224.none"}, "vit_base_patch16_224.orig_in21k,"),
         ({"img_size": 30}, "img_size 30"),
         ({"checkpoint": "absent.pth"}, "absent.pth"),
     ],
@@ -189,11 +183,9 @@ def test_q_and_v_alone(nano, images):
 
 
 def test_models_that_cannot_be_probed_at_the_size_of_their_configuration():
-    gray = tiny(in_chans=1, side=32)
-    assert len(models.inject(gray)) == 1
-    assert gray(torch.randn(1, 1, 32, 32)).isfinite().all()
     other = timm.create_model("xcit_nano_12_p8_224", img_size=64, depth=1)
-    assert len(models.inject(other)) == 1
+    for net in (tiny(in_chans=1, side=32), other):
+        assert len(models.inject(net)) == 1
 
 
 @pytest.mark.parametrize("target", ["attn.qvk", "patch_embed.proj", "mlp.q"])
@@ -220,10 +212,9 @@ def test_layers_that_would_be_bypassed_in_silence_are_no_targets():
 
 
 def test_injecting_twice_and_tied_weights_are_errors():
-    net = create()
     for again in ({"targets": ["mlp.fc1"]}, {"method": "linear"}):
         with pytest.raises(ModelError, match="injected already"):
-            models.inject(net, **again)
+            models.inject(create(), **again)
     tied, shared = plain_nano(), plain_nano()
     tied.blocks[1].attn.qkv.weight = tied.blocks[0].attn.qkv.weight
     shared.blocks[1].attn.qkv = shared.blocks[0].attn.qkv
@@ -272,29 +263,17 @@ def test_against_lora_of_peft(images):
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["qkv"], modules_to_save=["head"])
     other = peft.get_peft_model(copy.deepcopy(base), config)
     models.inject(base, rank=4, mask_prob=0, coef_init=2.0, method="lora")
-    twins = [m for m in other.modules() if hasattr(m, "lora_A")]
-    pairs = list(zip(models.adapters(base).values(), twins, strict=True))
-    for layer, twin in pairs:
+    twins = [module for module in other.modules() if hasattr(module, "lora_A")]
+    for layer, twin in zip(models.adapters(base).values(), twins, strict=True):
         nn.init.normal_(layer.lora_B, std=0.1)
         twin.lora_A.default.weight.data.copy_(layer.lora_A)
         twin.lora_B.default.weight.data.copy_(layer.lora_B)
     torch.testing.assert_close(base(images), other(images), rtol=0, atol=1e-5)
-    grads = zip(gradients(base, base(images)), gradients(other, other(images)), strict=True)
-    for own, theirs in grads:
-        torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-4)
-
-
-def test_a_compiled_model_is_one_graph_with_the_same_gradients(images):
-    net, grads = tiny(side=28, patch_size=7), []
-    models.inject(net, mask_prob=0)
-    nn.init.normal_(net.blocks[0].attn.qkv.lora_B, std=0.1)
-    for call in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = call(images)
-        assert logits.dtype == torch.bfloat16
-        grads.append(gradients(net, logits))
-    for one, two in zip(*grads, strict=True):
-        torch.testing.assert_close(one, two, rtol=0.05, atol=0.02 * one.abs().max().item())
+    grads = []
+    for net in (base, other):
+        net(images).square().sum().backward()
+        grads.append([p.grad for p in net.parameters() if p.requires_grad])
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -321,9 +300,9 @@ def test_an_adapter_knows_its_rows_and_holds_none_of_the_base(nano, images, tmp_
     other.load_state_dict(base, strict=False)
     models.load_adapter(other, tmp_path / "a.safetensors")
     assert torch.equal(other(images), net(images))
+    held = {key for key in load_file(tmp_path / "a.safetensors") if not key.startswith("head.")}
     kinds = ("lora_A", "lora_B", "lora_lambda", "expert_mask", "rows")
-    want = {f"blocks.{i}.attn.qkv.{kind}" for i in range(6) for kind in kinds}
-    assert set(load_file(tmp_path / "a.safetensors")) == want | {"head.weight", "head.bias"}
+    assert held == {f"blocks.{i}.attn.qkv.{kind}" for i in range(6) for kind in kinds}
 
 
 @pytest.mark.parametrize(
@@ -348,29 +327,25 @@ def test_adapters_of_another_model_do_not_fit(nano, tmp_path, kwargs, word):
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-A, ROWS = "blocks.0.attn.qkv.lora_A", "blocks.0.attn.qkv.rows"
+A = "blocks.0.attn.qkv.lora_A"
 DAMAGE = {
-    "integers": (A, lambda value: value.long()),
-    "floats of two digits": (A, lambda value: value.to(torch.float8_e4m3fn)),
-    "not finite": (A, lambda value: value / 0),
-    "rows twice": (ROWS, lambda value: value // 2),
-    "rows beyond": (ROWS, lambda value: value + 200),
+    "integers": lambda value: value.long(),
+    "floats of two digits": lambda value: value.to(torch.float8_e4m3fn),
+    "not finite": lambda value: value / 0,
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_tensors_do_not_pass_for_weights(nano, tmp_path, damage):
-    net, path = nano(targets=["attn.q"]), tmp_path / "a.safetensors"
+    net, path = nano(), tmp_path / "a.safetensors"
     models.save_adapter(net, path, {})
     with safe_open(path, "pt") as file:
         header = file.metadata()
-    key, change = DAMAGE[damage]
-    state = load_file(path)
-    before = net.state_dict()[key].clone()
-    save_file(state | {key: change(state[key])}, path, header)
-    with pytest.raises(ModelError, match=key):
+    state, before = load_file(path), net.state_dict()[A].clone()
+    save_file(state | {A: DAMAGE[damage](state[A])}, path, header)
+    with pytest.raises(ModelError, match=A):
         models.load_adapter(net, path)
-    assert net.state_dict()[key].equal(before)
+    assert net.state_dict()[A].equal(before)
     save_file(state | {A: state[A].half()}, path, header)  # another float is rounded
     models.load_adapter(net, path)
     path.write_bytes(b"not safetensors")
@@ -418,15 +393,17 @@ def test_checkpoints_of_other_training_scripts(wrap, tmp_path):
     assert torch.equal(net.blocks[3].attn.qkv.weight, state["blocks.3.attn.qkv.weight"])
 
 
+@pytest.mark.parametrize("name", ["reg_token", "register_tokens"])
+def test_register_tokens_need_a_model_that_has_them(tmp_path, name):
+    state = models.create_backbone("vit_nano", 10, pretrained=False).state_dict()
+    pos_embed = torch.randn(1, 21, 96)  # a class token, four registers and 16 patches
+    torch.save(state | {name: torch.zeros(1, 4, 96), "pos_embed": pos_embed}, tmp_path / "a.pth")
+    with pytest.raises(ModelError, match="register tokens, vit_nano has none"):
+        models.create_backbone("vit_nano", 10, checkpoint=tmp_path / "a.pth")
+
+
 def test_a_pointer_is_not_the_weights(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(ModelError, match="git lfs pull"):
         models.create_backbone("vit_nano", 10, checkpoint=path)
-
-
-def test_torchs_advice_to_run_the_code_in_a_file_is_not_passed_on(tmp_path):
-    torch.save({"state_dict": nn.Linear(2, 2)}, tmp_path / "a.pth")
-    with pytest.raises(ModelError, match="could run code") as raised:
-        models.create_backbone("vit_nano", 10, checkpoint=tmp_path / "a.pth")
-    assert "weights_only" not in str(raised.value)
