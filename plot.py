@@ -1,17 +1,14 @@
 """Pictures of one run or of many.
 
     python plot.py runs/digits/mlae-vit_nano-seed0-...       # all that this run can have, into it
-    python plot.py A B C --out pictures                      # several, into a folder
     python plot.py A B --only experts --out experts.png      # one file; alone it means the curves
     python plot.py --sweep mask-prob runs                    # accuracy over a setting of a suite
     python plot.py --sweep lr results/real.csv --out docs    # the same from a table of runs
 
 curves: loss, training accuracy and the experts' similarity over the epochs. experts: their
 similarity in each layer, lambda and importance. masks: what is masked. attention: what the class
-token looks at, before and after. confusion: which classes are taken for which.
-
-Runs that differ in nothing but the seed are one line with a band; of these, the pictures of what
-lies inside a model show the first. Nothing is downloaded.
+token looks at, before and after. confusion: which classes are taken for which. Runs that differ in
+nothing but the seed are one line with a band; other pictures show the first of these.
 """
 
 from __future__ import annotations
@@ -19,7 +16,9 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import logging
 import math
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -28,7 +27,9 @@ from pathlib import Path
 from textwrap import fill
 
 import pandas
+import scipy.stats
 import torch
+from matplotlib import pyplot
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 
@@ -40,12 +41,7 @@ from mlae import expert_similarity
 from model import architecture, create_backbone
 from runs import RunError
 from splits import Missing, printable
-from suite import interval, label, natural, read_runs
-
-try:
-    from matplotlib import font_manager, pyplot
-except ImportError:
-    pyplot = None  # main() says so
+from suite import label, natural, read_runs
 
 FORMATS = ["png", "pdf", "svg"]
 LOOKS = ["o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:", "h-"]  # told apart in grey too
@@ -53,18 +49,16 @@ PAGE = 7.2  # inches: the width of a page's text
 STYLE = {"font.size": 8, "figure.titlesize": 8, "axes.titlesize": 8, "legend.fontsize": 7}
 STYLE |= {"xtick.labelsize": 7, "ytick.labelsize": 7, "legend.title_fontsize": 7}
 STYLE |= {"figure.constrained_layout.use": True, "text.parse_math": False}  # a class may be $5
+# the first that is installed and has a letter draws it
+STYLE["font.family"] = ["DejaVu Sans", "Noto Sans CJK SC", "Arial Unicode MS", "PingFang SC"]
 MOST = 15  # classes of a confusion matrix; of more, the most confused
 NO_SETTINGS = ("seed", "val", "dataset", "checkpoint")  # do not tell the lines of a sweep apart
 LOGARITHMIC = ("lr", "rank", "batch_size", "weight_decay", "lambda_lr")  # settings for a log axis
 
-if pyplot:
-    # for names of classes in other scripts, where such a font is installed
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    wanted = "Noto Sans CJK JP, Noto Sans CJK SC, Source Han Sans, Arial Unicode MS, PingFang SC"
-    STYLE["font.sans-serif"] = ["DejaVu Sans", *(set(wanted.split(", ")) & installed)]
-    warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a class's name: a box is drawn
-    pyplot.switch_backend("Agg")
-    pyplot.style.use(["tableau-colorblind10", STYLE])
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # one is not installed
+warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a class's name: a box is drawn
+pyplot.switch_backend("Agg")
+pyplot.style.use(["tableau-colorblind10", STYLE])
 
 
 def tile(count: int, size: tuple[float, float], columns: int = 2):
@@ -86,15 +80,15 @@ def heat(axis, values: Tensor, highest: float = 1.0):
     return axis.imshow(values.numpy(), aspect="auto", **looks)
 
 
-# --- one run --------------------------------------------------------------------------------------
+# --- what a run shows -----------------------------------------------------------------------------
 class NoPicture(RunError):
     """A run that cannot have such a picture."""
 
 
 @dataclass
 class Run:
-    """A configuration: the folders of its seeds, of which the first is looked into. `data_dir` and
-    `checkpoint` say where these are now."""
+    """A configuration, and what each of PICTURES shows of it. Of the folders, one for each seed, the
+    first is looked into; `data_dir` and `checkpoint` say where these are now."""
 
     name: str
     folders: list[Path]
@@ -113,31 +107,31 @@ class Run:
     @cached_property
     def images(self) -> data.Images:
         """What the run was scored on: the test images, or val200."""
-        return scoring.scored_images(self.folders[0], self.trained[1])
+        config = self.trained[1]
+        own = Path(config["arguments"].dataset)  # a folder of one's own, or the name of a task
+        if own.is_absolute() and not own.is_dir():
+            raise RunError(f"there is no folder {own}: --data-dir says where the images are now")
+        return scoring.scored_images(self.folders[0], config)
 
     def layers(self) -> tuple[list[str], list[nn.Module]]:
         """The layers whose experts have a lambda of their own; their names are short, as 0.qkv."""
-        names, layers = [], []
-        for path, layer in adapters(self.trained[0]).items():
-            *parents, last = path.split(".")
-            if hasattr(layer, "lora_lambda"):
-                names.append(".".join([*filter(str.isdigit, parents), last]))
-                layers.append(layer)
+        every = adapters(self.trained[0]).items()
+        layers = {path: layer for path, layer in every if hasattr(layer, "lora_lambda")}
         if not layers:
             raise NoPicture(f"{self.name} has no experts with a lambda")
-        if len({layer.rank for layer in layers}) > 1:
+        if len({layer.rank for layer in layers.values()}) > 1:
             raise NoPicture(f"{self.name} was pruned to layers of different ranks")
-        return names, layers
+        names = [re.sub(r"[^\W\d]\w*\.", "", path) for path in layers]  # of parents the numbers
+        return names, list(layers.values())
 
     def curves(self) -> pandas.DataFrame:
         """The logs of all seeds, one below the other; RunError for a damaged log."""
-        logs = []
-        for folder in self.folders:
-            if not (folder / "log.csv").exists():
-                raise NoPicture(f"{folder} has no log.csv")
-            logs.append(pandas.DataFrame(runs.read_log(folder / "log.csv")))
-            if len(logs[-1]) != len(logs[0]):
-                raise RunError(f"{folder} has {len(logs[-1])} epochs, another seed's run has not")
+        files = [folder / "log.csv" for folder in self.folders]
+        if not all(file.exists() for file in files):
+            raise NoPicture(f"{self.name} has no log.csv")
+        logs = [pandas.DataFrame(runs.read_log(file)) for file in files]
+        if len({len(log) for log in logs}) > 1:
+            raise RunError(f"the seeds of {self.name} have different numbers of epochs")
         return pandas.concat(logs, keys=range(len(logs)))
 
     @torch.no_grad()
@@ -159,13 +153,13 @@ class Run:
         that a step keeps (layers, epochs) as each epoch ends."""
         names, layers = self.layers()
         model, config = self.trained
-        epochs, method = config["arguments"].epochs, METHODS[config["arguments"].method]
+        args = config["arguments"]
         fixed = torch.stack([layer.expert_mask for layer in layers]).cpu()
-        rates = torch.ones(len(layers), epochs)
-        for epoch in range(epochs):
-            method.before_step(model, (epoch + 1) / epochs)
+        rates = torch.ones(len(layers), args.epochs)
+        for epoch in range(args.epochs):
+            METHODS[args.method].before_step(model, (epoch + 1) / args.epochs)
             rates[:, epoch] -= torch.tensor([layer.mask_prob for layer in layers])
-        if (fixed == 1).all() and (rates == 1).all():
+        if fixed.all() and (rates == 1).all():
             raise NoPicture(f"{self.name} masks no expert")
         return names, fixed, rates
 
@@ -174,22 +168,21 @@ class Run:
         """The first image of some classes (N, 3, S, S), the names of these, `class_attention` to
         their patches before and after (N, side, side), and the classes that the model says."""
         model, config = self.trained
-        args = config["arguments"]
+        args, right = config["arguments"], self.images.labels.tolist()
         if args.no_pretrained:
             raise NoPicture(f"{self.name} had no pre-trained backbone to compare with")
         options = {"checkpoint": args.checkpoint, "img_size": args.img_size}
         with scoring.offline():
             base = create_backbone(args.model, model.num_classes, **options).to(self.device)
-        right = self.images.labels.tolist()
         labels = sorted(set(right))[:6]
-        images = torch.stack([self.images[right.index(one)][0] for one in labels])
+        images = torch.stack([self.images[right.index(label)][0] for label in labels])
         x = data.create_normalizer(args, model)(images)
         before, after = class_attention(base, x), class_attention(model, x)
         if torch.equal(before, after):
             raise NoPicture(f"{self.name} leaves the backbone's attention as it is")
-        classes = scoring.class_names(config, model.num_classes)
-        answers = [classes[number] for number in model(x).argmax(1)]
-        return images, [classes[number] for number in labels], before, after, answers
+        names = scoring.class_names(config, model.num_classes)
+        answers = [names[label] for label in model(x).argmax(1)]
+        return images, [names[label] for label in labels], before, after, answers
 
     def confusion(self) -> tuple[list[str], Tensor]:
         """The names of the classes, and how many images of each (rows) are taken for which."""
@@ -200,22 +193,40 @@ class Run:
         return classes, scoring.confusion(logits.argmax(1), labels, len(classes))
 
 
-def group(folders: list[Path], **places) -> list[Run]:
+def group(folders: list[Path], *places) -> list[Run]:
     """A Run for each configuration; RunError for what is not a run."""
-    seeds, arguments = {}, {}  # of each configuration
+    members, arguments = {}, {}  # of each configuration; the folders by their seeds
     for folder in folders:
         config = scoring.read_config(folder)
-        settings = dict(config["identity"])
-        seed = settings.pop("seed")
-        key = json.dumps(settings, sort_keys=True)
-        seeds.setdefault(key, {})[seed] = folder
-        extra = {name: settings.get(name) for name in ("pruned", data.FOLDER)}
+        seed = config["identity"].pop("seed")
+        key = json.dumps(config["identity"], sort_keys=True)
+        members.setdefault(key, {})[seed] = folder
+        extra = {name: config["identity"].get(name) for name in ("pruned", data.FOLDER)}
         arguments[key] = vars(config["arguments"]) | extra
-    rivals, found = list(map(json.loads, seeds)), []
-    for key, given in zip(seeds, rivals, strict=True):
+    rivals, found = list(map(json.loads, members)), []
+    for (key, seeds), given in zip(members.items(), rivals, strict=True):
         name = label(arguments[key], given, rivals)
-        found.append(Run(name, [seeds[key][seed] for seed in sorted(seeds[key])], **places))
+        found.append(Run(name, [seeds[seed] for seed in sorted(seeds)], *places))
     return found
+
+
+@torch.no_grad()
+def class_attention(model: nn.Module, x: Tensor) -> Tensor:
+    """How the class token of the last block shares its attention out to the patches, the mean over
+    heads (B, side, side), on the CPU. x: (B, 3, S, S), normalized. NoPicture where timm cannot say."""
+    if getattr(model, "cls_token", None) is None:
+        raise NoPicture(f"{architecture(model)} has no class token")
+    model = copy.deepcopy(model)  # the hooks stay on the copy
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # torch's fused kernel never has the attention whole
+    try:
+        *_, last = AttentionExtract(model, method="hook")(x).values()  # (B, heads, tokens, tokens)
+    except (RuntimeError, ValueError):
+        raise NoPicture(f"{architecture(model)} does not show its attention") from None
+    patches = last[:, :, 0, getattr(model, "num_prefix_tokens", 1) :].mean(1)
+    side = math.isqrt(patches.shape[1])
+    return patches.unflatten(1, (side, side)).float().cpu()
 
 
 # --- pictures of {name of a run: what it shows} ---------------------------------------------------
@@ -229,8 +240,8 @@ def draw_curves(found: dict[str, pandas.DataFrame]):
     size = PAGE / len(panels), 2.5 + 0.17 * len(found) / columns
     figure, axes = tile(len(panels), size, columns=3)
     title = None
-    for number, (name, log) in enumerate(found.items()):
-        seeds, look = log.index.levshape[0], LOOKS[number % len(LOOKS)]
+    for (name, log), look in zip(found.items(), itertools.cycle(LOOKS), strict=False):
+        seeds = log.index.levshape[0]
         if seeds > 1:
             name, title = f"{name} ({seeds} seeds)", "mean and range over seeds"
         by_epoch = log.reindex(columns=["epoch", *panels]).groupby("epoch")
@@ -241,8 +252,7 @@ def draw_curves(found: dict[str, pandas.DataFrame]):
             axis.fill_between(epochs.index, epochs["min"], epochs["max"], alpha=0.2)
             axis.set(xlabel="epoch", ylabel=panels[column])
             axis.grid(True, alpha=0.3)
-    lines = axes[0].get_lines()
-    figure.legend(handles=lines, title=title, loc="outside lower center", ncols=columns)
+    figure.legend(handles=axes[0].lines, title=title, loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -252,11 +262,10 @@ def draw_experts(found: dict[str, tuple]):
     heights = [math.ceil(len(names) / 6) for names, *_ in found.values()]  # six maps in a row
     figure = pyplot.figure(figsize=(PAGE, 0.5 + 1.4 * sum(heights)))
     *parts, foot = figure.subfigures(len(found) + 1, 1, height_ratios=[*heights, 0.4])
-    tops = []
-    for maps in list(zip(*found.values(), strict=True))[1:]:  # of one kind, from every run
-        tops.append(max(values.nan_to_num().max().item() for values in maps))
+    _, *kinds = zip(*found.values(), strict=True)
+    tops = [torch.cat([values.flatten() for values in maps]).nan_to_num().max() for maps in kinds]
     for part, height, name in zip(parts, heights, found, strict=True):
-        layers, cosines, *tables = found[name]
+        layers, cosines, sizes, importances = found[name]
         part.suptitle(fill(name, 90), fontweight="bold")
         grid = part.add_gridspec(height, 8, width_ratios=[1] * 6 + [2, 2])
         for number, (layer, cosine) in enumerate(zip(layers, cosines, strict=True)):
@@ -265,13 +274,13 @@ def draw_experts(found: dict[str, tuple]):
             axis.set(xticks=[], yticks=[], box_aspect=1)
             mean = "one expert" if cosine.isnan().all() else f"{cosine.nanmean():.3f}"
             axis.set_title(f"{layer}\n{mean}", fontsize=7)
-        titles = "|λ|, layers × experts", "importance |λ| |a| |b|"
-        for column, (title, table) in enumerate(zip(titles, tables, strict=True)):
-            axis = part.add_subplot(grid[:, 6 + column])
-            part.colorbar(heat(axis, table, tops[1 + column]), ax=axis)
+        tables = ("|λ|, layers × experts", sizes), ("importance |λ| |a| |b|", importances)
+        for column, (title, table) in enumerate(tables, 1):
+            axis = part.add_subplot(grid[:, 5 + column])
+            part.colorbar(heat(axis, table, tops[column]), ax=axis)
             axis.set_title(title, fontsize=7)
-            ticks = range(len(layers)) if column == 0 else []
-            axis.set_yticks(ticks, [layers[tick] for tick in ticks], fontsize=6)
+            names = layers if column == 1 else []
+            axis.set_yticks(range(len(names)), names, fontsize=6)
     bar = foot.add_axes((0.1, 0.7, 0.4, 0.25))
     bar = figure.colorbar(image, cax=bar, orientation="horizontal")
     bar.set_label("|cosine| of two experts (above each map the mean of all pairs)")
@@ -283,10 +292,10 @@ def draw_masks(found: dict[str, tuple]):
     if it changes; or both."""
     panels = []
     for name, (layers, fixed, rates) in found.items():
-        if (fixed == 0).any():
-            kept, of = fixed.sum(1).mean(), fixed.shape[1]
-            words = f"expert (hatched: masked; kept {kept:.1f} of {of} a layer)"
-            panels.append((name, layers, fixed.masked_fill(fixed == 0, torch.nan), words))
+        if not fixed.all():
+            words = f"kept {fixed.sum(1).mean():.1f} of {fixed.shape[1]} a layer"
+            fixed[fixed == 0] = torch.nan
+            panels.append((name, layers, fixed, f"expert (hatched: masked; {words})"))
         if (rates != rates[:, :1]).any():
             panels.append((name, layers, rates, "epoch"))
         elif (rates < 1).any():
@@ -310,38 +319,17 @@ def draw_masks(found: dict[str, tuple]):
     return figure
 
 
-@torch.no_grad()
-def class_attention(model: nn.Module, x: Tensor) -> Tensor:
-    """How the class token of the last block shares its attention out to the patches, the mean over
-    heads (B, side, side), on the CPU. x: (B, 3, S, S), normalized.
-
-    Raises NoPicture for a model without a class token, or whose attention is not timm's."""
-    if getattr(model, "cls_token", None) is None:
-        raise NoPicture(f"{architecture(model)} has no class token")
-    model = copy.deepcopy(model)  # the hooks stay on the copy
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # torch's fused kernel never has the attention whole
-    try:
-        *_, last = AttentionExtract(model, method="hook")(x).values()  # (B, heads, tokens, tokens)
-    except (RuntimeError, ValueError):
-        raise NoPicture(f"{architecture(model)} does not show its attention") from None
-    patches = last[:, :, 0, getattr(model, "num_prefix_tokens", 1) :].mean(1)
-    side = math.isqrt(patches.shape[1])
-    return patches.unflatten(1, (side, side)).float().cpu()
-
-
 def draw_attention(found: dict[str, tuple]):
     """A column for each test image: the image; the attention to its patches in the backbone before
     it was adapted; and in each run that has the images and the backbone of the first."""
     images, names, before, *_ = next(iter(found.values()))
     lines = {"before": (before, [""] * len(names))}
     for name, (its_images, _, its_before, after, answers) in found.items():
-        if not its_images.equal(images) or not its_before.equal(before):
+        if its_images.equal(images) and its_before.equal(before):
+            lines[name] = after, [f"says {answer}" for answer in answers]
+        else:
             words = f"{name} has other images or another backbone: name it alone"
             print(printable(f"left out of attention: {words}"), file=sys.stderr)
-            continue
-        lines[name] = after, [f"says {answer}" for answer in answers]
     top = max(shares.max().item() for shares, _ in lines.values())
     columns = len(names)
     figure, axes = tile(columns * (1 + len(lines)), (PAGE / columns, 1.15), columns)
@@ -396,18 +384,16 @@ PICTURES |= {"attention": draw_attention, "confusion": draw_confusion}
 # --- accuracy over a setting ----------------------------------------------------------------------
 def read_sweep(found: pandas.DataFrame, setting: str) -> dict[tuple, pandas.DataFrame]:
     """{(task, split): its rows of suite.read_runs, with their `line` and `value` of the setting}.
-
     A line is a configuration without the setting, and without what goes with it, as a learning rate
-    chosen for each value. Runs whose method has no such setting have the value None. Raises
-    RunError if nowhere a line has two values.
-    """
+    chosen for each value; None is the value if its method has no such setting. RunError if nowhere
+    a line has two values."""
     if setting == "method":
         raise RunError("--sweep method: each method is a line already; name one of its settings")
     sweeps = {}
     for panel, members in found.groupby(["task", "split"]):
-        rows, values = members.to_dict("records"), pandas.DataFrame()
-        names = dict.fromkeys(itertools.chain.from_iterable(members["identity"]))
-        for name in [setting, *names]:
+        rows, values, rivals = members.to_dict("records"), pandas.DataFrame(), []
+        names = dict.fromkeys([setting, *itertools.chain(*members["identity"])])
+        for name in names:
             values[name] = [repr(value_of(row, name)) for row in rows]
         # what tells lines apart: the method, the model, and what the rest does not decide
         apart = [name for name in names if name not in (setting, *NO_SETTINGS)]
@@ -416,21 +402,18 @@ def read_sweep(found: pandas.DataFrame, setting: str) -> dict[tuple, pandas.Data
             choices = values.groupby([setting, *rest])[name].nunique()
             if choices.max() == 1 and name not in ("method", "model"):
                 apart = rest
-        rivals = []
         for own in members["identity"]:
             rivals.append({name: own[name] for name in apart if name in own})
-        members = members.assign(
-            line=[label(row, own, rivals) for row, own in zip(rows, rivals, strict=True)],
-            value=[value_of(row, setting) for row in rows],
-            top1=members["top1"].astype(float),
-        )
+        lines = [label(row, own, rivals) for row, own in zip(rows, rivals, strict=True)]
+        own = [value_of(row, setting) for row in rows]
+        members = members.assign(line=lines, value=own, top1=members["top1"].astype(float))
         members = members.drop_duplicates(["line", "value", "seed"], keep="last")
         if (members.groupby("line")["value"].nunique(dropna=False) > 1).any():
             sweeps[panel] = members
     if not sweeps:
-        names = ", ".join(sorted(set().union(*found["identity"]).difference(NO_SETTINGS)))
+        names = sorted(set().union(*found["identity"]).difference(NO_SETTINGS))
         problem = "no run was repeated with another value; their settings"
-        raise RunError(f"--sweep {setting}: {problem}: {names}")
+        raise RunError(f"--sweep {setting}: {problem}: {', '.join(names)}")
     return sweeps
 
 
@@ -456,41 +439,36 @@ def draw_sweep(sweeps: dict[tuple, pandas.DataFrame], setting: str):
         if numeric and setting in LOGARITHMIC and values[0] > 0:
             places = list(map(math.log, values))
         axis.set_xticks(places, map("{:g}".format if numeric else str, values))
-        lines = sorted(members.groupby("line"), key=lambda line: natural(line[0]))
-        drawn = []
-        for number, (name, own) in enumerate(lines):
-            points = own.groupby("value", dropna=False)["top1"].agg(["mean", half, "size"])
-            drawn.append(points)
-            fewest, n = points["size"].min(), points["size"].max()
+        scores = members.groupby(["line", "value"], dropna=False)["top1"]
+        points = scores.agg(["mean", "sem", "size"]).reset_index("value")
+        points["half"] = points["sem"] * scipy.stats.t.ppf(0.975, points["size"] - 1)
+        points = points.fillna({"half": 0})  # of one seed
+        lines = sorted(points.index.unique(), key=natural)
+        for number, (name, look) in enumerate(zip(lines, itertools.cycle(LOOKS), strict=False)):
+            own = points.loc[[name]]
+            fewest, n = own["size"].min(), own["size"].max()
             words = fill(f"{name} (n = {n if fewest == n else f'{fewest} to {n}'})", 60)
-            level, points = points[points.index.isna()], points[points.index.notna()]
             # beside each other: bars would hide bars
             shift = min(0.012, 0.04 / len(lines)) * (number - (len(lines) - 1) / 2)
             shift *= places[-1] - places[0]
-            x = [places[values.index(value)] + shift for value in points.index]
-            looks = {"fmt": LOOKS[number % len(LOOKS)], "markersize": 4, "capsize": 2.5}
-            line, *_ = axis.errorbar(x, points["mean"], points["half"], label=words, **looks)
+            level, own = own[own["value"].isna()], own[own["value"].notna()]
+            x = [places[values.index(value)] + shift for value in own["value"]]
+            looks = {"fmt": look, "markersize": 4, "capsize": 2.5}
+            line, *_ = axis.errorbar(x, own["mean"], own["half"], label=words, **looks)
             for mean, room in zip(level["mean"], level["half"], strict=True):
                 axis.axhline(mean, color=line.get_color(), linestyle=line.get_linestyle())
                 axis.axhspan(mean - room, mean + room, color=line.get_color(), alpha=0.15)
-        drawn = pandas.concat(drawn)
-        bars = ", mean and 95 % interval" if (drawn["half"] > 0).any() else ""
+        bars = ", mean and 95 % interval" if points["half"].any() else ""
         axis.set(title=task, xlabel=setting, ylabel=f"{split} top-1 (%){bars}")
         # wide intervals of few seeds leave the plot
-        low, high = drawn["mean"].min(), drawn["mean"].max()
-        room = max(1.0, high - low)
-        bottom = max(0, low - room, (drawn["mean"] - drawn["half"]).min())
-        top = min(100, high + room, (drawn["mean"] + drawn["half"]).max())
+        means, half = points["mean"], points["half"]
+        room = max(1.0, means.max() - means.min())
+        bottom = max(0, means.min() - room, (means - half).min())
+        top = min(100, means.max() + room, (means + half).max())
         axis.set_ylim(bottom - 0.05 * room, top + 0.05 * room)
         axis.grid(True, alpha=0.3)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))
     return figure
-
-
-def half(scores: pandas.Series) -> float:
-    """Half of the 95 % interval of the mean; 0 of one score."""
-    mean, _, high = interval(scores.tolist())
-    return 0.0 if high is None else high - mean
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -507,36 +485,30 @@ def main(argv: list[str] | None = None) -> None:
     flag("--device", choices=runs.DEVICES, default="auto", help="default: auto, the fastest here")
     args = parser.parse_args(argv)
     with runs.one_line("plot.py"):
-        if pyplot is None:
-            raise RunError("drawing needs matplotlib: pip install matplotlib")
         # --- what to draw ---
         is_file = args.out and args.out.suffix[1:] in FORMATS and not args.out.is_dir()
         if args.sweep:
             setting = args.sweep.lstrip("-").replace("-", "_")
-            found = read_runs(*args.runs)
-            if found.empty:
+            table, members = read_runs(*args.runs), []
+            if table.empty:
                 raise RunError(f"--sweep: no finished run in {' '.join(map(str, args.runs))}")
-            sweeps, kinds = read_sweep(found, setting), [f"sweep-{setting}"]
+            sweeps, kinds = read_sweep(table, setting), [f"sweep-{setting}"]
         else:
-            places = {"data_dir": args.data_dir, "checkpoint": args.checkpoint}
-            members = group(args.runs, device=runs.pick_device(args.device), **places)
+            device = runs.pick_device(args.device)
+            members = group(args.runs, device, args.data_dir, args.checkpoint)
             kinds = args.only or (["curves"] if is_file else list(PICTURES))
 
         # --- where to ---
         place = args.out or args.runs[0]
-        if is_file:
-            fits = len(kinds) == 1 and args.format in (None, place.suffix[1:])
-            if not fits or not place.absolute().parent.is_dir():
-                expected = "a file is one --only kind of picture, in its own --format, in a folder"
-                raise RunError(f"--out {place}: {expected} that exists")
-        elif args.out:
+        if not is_file:
+            place = place if args.out or place.is_dir() else place.parent  # of a table of runs
             place.mkdir(parents=True, exist_ok=True)
-        elif place.is_file():  # a table of runs
-            place = place.parent
+        elif len(kinds) > 1 or args.format not in (None, place.suffix[1:]):
+            raise RunError(f"--out {place}: a file is one --only picture, in its own --format")
 
         for kind in kinds:
             found = {}  # what each run shows
-            for run in members if not args.sweep else ():
+            for run in members:
                 try:
                     found[run.name] = getattr(run, kind)()
                 except (NoPicture, Missing) as error:

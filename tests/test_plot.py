@@ -15,7 +15,6 @@ import plot
 import train
 from runs import read_log
 
-pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 SMALL = ["--device", "cpu", "--epochs", "2", "--img-size", "14", "--batch-size", "250"]
 TRAINED = {
     "zero": ["--seed", "0"],
@@ -59,18 +58,20 @@ def test_a_run_gets_every_picture_and_what_it_cannot_have_is_left_out_aloud(trai
 def test_one_file_means_the_curves_unless_one_kind_is_named(trained, tmp_path):
     draw(trained["zero"], trained["one"], "--out", tmp_path / "a.pdf")
     draw(trained["fixed"], "--only", "masks", "--out", tmp_path / "b.png")
-    draw(trained["zero"], "--only", "curves", "--out", tmp_path, "--format", "svg")
+    draw(trained["zero"], "--only", "curves", "--out", tmp_path / "new", "--format", "svg")
     draw("--sweep", "masking", trained["zero"], trained["fixed"], "--out", tmp_path / "c.png")
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"a.pdf", "b.png", "curves.svg", "c.png"}
-    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pdf", "b.png", "c.png", "new"}
+    assert "<svg" in (tmp_path / "new/curves.svg").read_text()
 
 
 BAD = {  # what is given -> what the message names
     "absent --out x.png": "absent",
     "LINEAR --only experts --out x.png": "linear",
     "LINEAR --out x.png --format svg": "--out x.png",
+    "LINEAR --out absent/x.png": "--out: cannot write absent/x.png",
     "LINEAR --sweep rank": "--sweep rank",
+    "LINEAR --sweep method": "--sweep method",
+    "LINEAR --only confusion --checkpoint absent.pth": "--checkpoint: there is no file absent.pth",
 }
 
 
@@ -100,6 +101,7 @@ def test_similarity_lambda_and_importance_by_hand(trained):
     names, cosines, sizes, importances = fixed = plot.Run("fixed", [trained["fixed"]]).experts()
     assert names == [f"{number}.qkv" for number in range(6)]
     state = load_file(trained["fixed"] / "adapter.safetensors")
+    options = {"equal_nan": True, "atol": 1e-5, "rtol": 1e-4, "check_dtype": False}
     for layer in range(6):
         path = f"blocks.{layer}.attn.qkv"
         a, b = state[f"{path}.lora_A"].double(), state[f"{path}.lora_B"].double().T
@@ -108,7 +110,6 @@ def test_similarity_lambda_and_importance_by_hand(trained):
         masked = state[f"{path}.expert_mask"] == 0
         want = (products @ products.T / lengths / lengths[:, None]).abs()
         want[masked] = want[:, masked] = math.nan
-        options = {"equal_nan": True, "atol": 1e-5, "rtol": 1e-4, "check_dtype": False}
         torch.testing.assert_close(cosines[layer], want.fill_diagonal_(math.nan), **options)
         size = state[f"{path}.lora_lambda"].abs().masked_fill(masked, math.nan)
         torch.testing.assert_close(sizes[layer], size, **options)
@@ -182,15 +183,15 @@ def result(top1, seed, split="test", **own):
     return usual | identity | {"identity": identity, "split": split, "top1": top1}
 
 
-def sweep(results, setting):
-    return plot.read_sweep(pandas.DataFrame(results, dtype=object), setting)
+def sweep(results):
+    return plot.read_sweep(pandas.DataFrame(results, dtype=object), "mask_prob")
 
 
 def lines(results):
-    """{(task, split): {line: values of mask_prob}}"""
+    """{split: {line: values of mask_prob}}"""
     found = {}
-    for panel, rows in sweep(results, "mask_prob").items():
-        found[panel] = rows.groupby("line")["value"].agg(list).to_dict()
+    for (_, split), rows in sweep(results).items():
+        found[split] = rows.groupby("line")["value"].agg(list).to_dict()
     return found
 
 
@@ -199,10 +200,10 @@ def test_a_sweep_is_mean_and_interval_over_seeds():
     results = [result(95.0 + seed, seed, method="lora", mask_prob=None) for seed in (0, 1)]
     for p, top1 in scores.items():
         results += [result(value, seed, mask_prob=p) for seed, value in enumerate(top1)]
-    (axis,) = plot.draw_sweep(sweep(results[::-1], "mask_prob"), "mask_prob").axes
+    (axis,) = plot.draw_sweep(sweep(results[::-1]), "mask_prob").axes
     line, _, (errors,) = axis.containers[1]
     np.testing.assert_allclose(list(line.get_xdata()), list(scores), atol=0.02)
-    np.testing.assert_allclose(list(line.get_ydata()), [np.mean(top1) for top1 in scores.values()])
+    np.testing.assert_allclose(list(line.get_ydata()), list(map(np.mean, scores.values())))
     for segment, values in zip(errors.get_segments(), scores.values(), strict=True):
         mean, error = np.mean(values), scipy.stats.sem(values)
         ends = scipy.stats.t.interval(0.95, len(values) - 1, mean, error)
@@ -213,12 +214,11 @@ def test_a_sweep_is_mean_and_interval_over_seeds():
 def test_a_learning_rate_chosen_for_each_value_breaks_no_line():
     chosen = {0.0: 0.004, 0.3: 0.008, 0.5: 0.004}
     results = [result(90.0, 0, mask_prob=p, lr=lr) for p, lr in chosen.items()]
-    assert lines(results) == {("digits", "test"): {"mlae": list(chosen)}}
     grid = [result(9.0, 0, "val", mask_prob=p, lr=lr) for p in chosen for lr in (0.004, 0.008)]
     both = lines(results + grid)
-    assert list(both) == [("digits", "test"), ("digits", "val")]
-    assert list(both["digits", "val"]) == ["mlae lr=0.004", "mlae lr=0.008"]
+    assert both["test"] == {"mlae": list(chosen)}
+    assert list(both["val"]) == ["mlae lr=0.004", "mlae lr=0.008"]
     pairs = ({"rank": 4, "targets": ["attn.qkv"]}, {"rank": 8, "targets": ["mlp.fc1"]})
     results = [result(90.0, 0, mask_prob=p, **pair) for p in (0.0, 0.5) for pair in pairs]
-    (found,) = lines(results).values()
+    found = lines(results)["test"]
     assert [len(values) for values in found.values()] == [2, 2]  # what goes together stays apart
