@@ -127,8 +127,9 @@ class Run:
     def curves(self) -> pandas.DataFrame:
         """The logs of all seeds, one below the other; RunError for a damaged log."""
         files = [folder / "log.csv" for folder in self.folders]
-        if not all(file.exists() for file in files):
-            raise NoPicture(f"{self.name} has no log.csv")
+        for file in files:
+            if not file.exists():
+                raise NoPicture(f"there is no file {file}")
         logs = [pandas.DataFrame(runs.read_log(file)) for file in files]
         if len({len(log) for log in logs}) > 1:
             raise RunError(f"the seeds of {self.name} have different numbers of epochs")
@@ -168,12 +169,13 @@ class Run:
         """The first image of some classes (N, 3, S, S), the names of these, `class_attention` to
         their patches before and after (N, side, side), and the classes that the model says."""
         model, config = self.trained
-        args, right = config["arguments"], self.images.labels.tolist()
+        args = config["arguments"]
         if args.no_pretrained:
             raise NoPicture(f"{self.name} had no pre-trained backbone to compare with")
         options = {"checkpoint": args.checkpoint, "img_size": args.img_size}
         with scoring.offline():
             base = create_backbone(args.model, model.num_classes, **options).to(self.device)
+        right = self.images.labels.tolist()
         labels = sorted(set(right))[:6]
         images = torch.stack([self.images[right.index(label)][0] for label in labels])
         x = data.create_normalizer(args, model)(images)
@@ -240,8 +242,8 @@ def draw_curves(found: dict[str, pandas.DataFrame]):
     size = PAGE / len(panels), 2.5 + 0.17 * len(found) / columns
     figure, axes = tile(len(panels), size, columns=3)
     title = None
-    for (name, log), look in zip(found.items(), itertools.cycle(LOOKS), strict=False):
-        seeds = log.index.levshape[0]
+    for number, (name, log) in enumerate(found.items()):
+        seeds, look = log.index.levshape[0], LOOKS[number % len(LOOKS)]
         if seeds > 1:
             name, title = f"{name} ({seeds} seeds)", "mean and range over seeds"
         by_epoch = log.reindex(columns=["epoch", *panels]).groupby("epoch")
@@ -443,9 +445,8 @@ def draw_sweep(sweeps: dict[tuple, pandas.DataFrame], setting: str):
         points = scores.agg(["mean", "sem", "size"]).reset_index("value")
         points["half"] = points["sem"] * scipy.stats.t.ppf(0.975, points["size"] - 1)
         points = points.fillna({"half": 0})  # of one seed
-        lines = sorted(points.index.unique(), key=natural)
-        for number, (name, look) in enumerate(zip(lines, itertools.cycle(LOOKS), strict=False)):
-            own = points.loc[[name]]
+        lines = sorted(points.groupby("line"), key=lambda line: natural(line[0]))
+        for number, (name, own) in enumerate(lines):
             fewest, n = own["size"].min(), own["size"].max()
             words = fill(f"{name} (n = {n if fewest == n else f'{fewest} to {n}'})", 60)
             # beside each other: bars would hide bars
@@ -453,7 +454,7 @@ def draw_sweep(sweeps: dict[tuple, pandas.DataFrame], setting: str):
             shift *= places[-1] - places[0]
             level, own = own[own["value"].isna()], own[own["value"].notna()]
             x = [places[values.index(value)] + shift for value in own["value"]]
-            looks = {"fmt": look, "markersize": 4, "capsize": 2.5}
+            looks = {"fmt": LOOKS[number % len(LOOKS)], "markersize": 4, "capsize": 2.5}
             line, *_ = axis.errorbar(x, own["mean"], own["half"], label=words, **looks)
             for mean, room in zip(level["mean"], level["half"], strict=True):
                 axis.axhline(mean, color=line.get_color(), linestyle=line.get_linestyle())

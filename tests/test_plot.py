@@ -1,5 +1,6 @@
 """plot.py draws what train.py leaves: the numbers in the pictures, not only the files."""
 
+import argparse
 import json
 import math
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 import plot
 import train
-from runs import read_log
+from runs import RunError, read_log
 
 SMALL = ["--device", "cpu", "--epochs", "2", "--img-size", "14", "--batch-size", "250"]
 TRAINED = {
@@ -146,25 +147,28 @@ def test_attention_of_the_class_token_by_its_formula(nano, images):
         plot.class_attention(timm.create_model("resnet10t"), torch.randn(1, 3, 32, 32))
 
 
-def test_attention_is_of_the_first_image_of_each_class(trained):
+def test_attention_is_of_the_first_image_of_each_class_and_confusion_of_all(trained):
     run = plot.Run("zero", [trained["zero"]])
     shown, names, before, after, answers = run.attention()
-    labels = run.images.labels.tolist()
+    labels = run.images.labels
     assert names == list("012345") and before.shape == after.shape == (6, 2, 2)
     for label, picture in enumerate(shown):
-        assert picture.equal(run.images[labels.index(label)][0])
+        assert picture.equal(run.images[labels.tolist().index(label)][0])
     drawn = maps(plot.draw_attention({"zero": (shown, names, before, after, answers)}))
     np.testing.assert_allclose(np.stack(drawn[6:]), torch.cat([before, after]))
-
-
-def test_the_confusion_matrix_is_what_was_scored(trained):
-    run = plot.Run("zero", [trained["zero"]])
     classes, counts = run.confusion()
     metrics = json.loads((trained["zero"] / "metrics.json").read_text())
-    assert counts.sum(1).equal(run.images.labels.bincount())  # the right class down
+    assert counts.sum(1).equal(labels.bincount())  # the right class down
     assert 100 * counts.trace().item() / 797 == pytest.approx(metrics["test_top1"], abs=0.006)
     figure = plot.draw_confusion({"zero": (classes, counts)})
     np.testing.assert_allclose(maps(figure)[0], counts / counts.sum(1, keepdim=True))
+
+
+def test_a_folder_of_images_that_has_moved_is_to_be_named_by_plots_own_flag():
+    run = plot.Run("moved", [])
+    run.trained = None, {"arguments": argparse.Namespace(dataset="/absent")}
+    with pytest.raises(RunError, match="/absent: --data-dir"):
+        _ = run.images
 
 
 def test_of_many_classes_the_most_confused_are_shown():
