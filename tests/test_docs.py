@@ -29,7 +29,7 @@ MANUALS = sorted(path for path in ROOT.glob("*.py") if "\n    python " in path.r
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"\d+\.\d+")
 WORK = [(train, "run"), (evaluation, "load_run"), (suite, "run_all"), (suite, "read_runs")]
-WORK += [(plot, "group"), (bench, "measure"), (bench, "memory"), (bench, "gpu_report")]
+WORK += [(plot, "group"), (bench, "measure"), (bench, "memory")]
 
 
 def test_the_tutorial_prints_what_it_says(tmp_path, monkeypatch, capsys):
