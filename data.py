@@ -16,22 +16,21 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
-import itertools
 import multiprocessing
 import os
 import re
 import sys
-import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -41,8 +40,8 @@ from tqdm import tqdm
 
 import tasks
 from model import few
-from splits import DataError, Missing, printable, tfds_order  # noqa: F401
-from tasks import COMMON, ROLE_NUMBER, TASKS, Found, Task, image_format, open_image
+from splits import DataError, FolderSplit, Missing, nfc, printable, tfds_order  # noqa: F401
+from tasks import COMMON, ENDINGS, HEIC, ROLE_NUMBER, TASKS, Found, Task, open_image
 
 BICUBIC, FLIP = v2.InterpolationMode.BICUBIC, v2.RandomHorizontalFlip()
 AUGMENT = {  # how training images are varied: a transform to S x S
@@ -56,6 +55,7 @@ NORMALIZE = {  # channel mean and std
 }
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 STRIPE = 50  # a side over the other above which an image is no photo
+MAX_SAMPLE_VALUE = 281  # a tag of TIFF
 FEW_PIXELS = 5e6  # are decoded before a worker process has started
 
 
@@ -68,8 +68,8 @@ class Images(Dataset):
 
     source = description = role = ""  # original, prepared, lists, embedded or folder; train, ...
     official = False  # as far as can be proven the benchmark's own split (of a folder: all of it)
-    left_out = 0  # images of a folder that could not be read
-    refused: Sequence[tuple[str, str]] = ()  # their paths, and why
+    refused: Sequence[tuple[str, str]] = ()  # path and reason of images that were left out
+    left_out = property(lambda self: len(self.refused))
     are_others = False  # than those that a run was scored on
     folder: str | None = None  # of one's own images
     class_names: Sequence[str] | None = None
@@ -112,9 +112,10 @@ class Images(Dataset):
         """
         if self.prepared is not None or self.items is not self.files:
             return
-        place, need = device, 3 * len(self) * self.img_size**2
+        place, area = device, self.img_size**2
         if self.short:  # most photos are 3 : 2 or squarer
-            place, need = "cpu", 3 * len(self) * int(1.5 * self.short**2)
+            place, area = "cpu", int(1.5 * self.short**2)
+        need = 3 * len(self) * area
         fits = need <= free_memory(place) // 2
         where = f"on {place}" if fits else "more than half of what is free: read from the files"
         print(f"{len(self)} images take {need / 2**30:.2f} GiB of memory, {where}")
@@ -201,9 +202,13 @@ def as_photo(image: Image.Image) -> Image.Image:
         raise ValueError(f"a stripe of {image.width} x {image.height} pixels")
     if image.mode in ("I", "F") and not has_16_bits:
         raise ValueError("pixels of 32 bits: save it with 8 or 16")
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, whose 16 bits may hold 12
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+    (white,) = tags.get(MAX_SAMPLE_VALUE, (2**bits - 1,))
     image = ImageOps.exif_transpose(image)
     if has_16_bits:  # Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        pixels = np.asarray(image).astype(np.uint32) * 255 // white
+        image = Image.fromarray(pixels.clip(max=255).astype(np.uint8))
     return image
 
 
@@ -264,34 +269,14 @@ FOLDER_FLAGS = ("test_share", "val_share", "split_seed", "skip_bad_images")
 # The common recipe, but 30 epochs: masked experts on a frozen backbone need few, and a folder can
 # have 200 times VTAB-1k's images. Crops: photos of one's own are of any shape.
 FOLDER_RECIPE = COMMON | {"epochs": 30, "augment": "crop"}
-ENDINGS = ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm".split()
 SPLITS = ("train", "val", "test")
 LIKE_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
-Part = list[tuple[Path, int]]  # of a split: its images, each with the number of its class
-
-
-@dataclass(frozen=True)
-class FolderSplit:
-    """How a folder is split that does not say: the share of each class's images for the test, that
-    of its training images for --val, the seed of both; and whether bad images are left out."""
-
-    test_share: float = 0.2
-    val_share: float = 0.2
-    seed: int = 0
-    skip_bad: bool = False
-
-
-def nfc(name: str) -> str:
-    """A file's name as every system writes it: a Mac takes the dots off its letters (NFD)."""
-    return unicodedata.normalize("NFC", name)
+Part = dict[int, list[Path]]  # of a split: the images of each class, by its number
 
 
 def entries(folder: Path, folders: bool) -> list[Path]:
     """What is in a folder, in order, without what is hidden: its folders, or all else."""
-    try:
-        names = sorted(os.listdir(folder), key=nfc) if folder.is_dir() else []
-    except OSError as error:
-        raise DataError(f"cannot read the folder {folder}: {error.strerror}") from error
+    names = sorted(os.listdir(folder), key=nfc) if folder.is_dir() else []
     paths = [folder / name for name in names if not name.startswith(".")]
     return [path for path in paths if os.path.isdir(path) == folders]
 
@@ -323,17 +308,25 @@ def find_parts(folder: Path) -> tuple[dict[str, Part], list[Path]]:
     classes = [nfc(path.name) for path in entries(folders["train"], folders=True)]
     above = frozenset(path.resolve() for path in folders.values())
     for name, place in folders.items():
-        parts[name] = []
+        parts[name] = defaultdict(list)
         others += entries(place, folders=False)
         for path in entries(place, folders=True):
             if nfc(path.name) not in classes:
                 raise DataError(f"{path}: the class is not in {folders['train']}")
             for file in files_below(path, above):
                 if file.suffix.lower() in ENDINGS:  # what it holds is seen later
-                    parts[name].append((file, classes.index(nfc(path.name))))
+                    parts[name][classes.index(nfc(path.name))].append(file)
                 else:
                     others.append(file)
     return parts, others
+
+
+def note_passed_over(files: Sequence[Path], names: str) -> None:
+    """Name the files that are not read as images: one may miss them."""
+    heic = any(path.suffix.lower() in HEIC for path in files) and HEIC[0] not in ENDINGS
+    remedy = " (for HEIC: pip install pillow-heif)" if heic else ""
+    words = f"note: {len(files)} files are not read as images{remedy}: {names}"
+    print(printable(words), file=sys.stderr)
 
 
 def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> Found:
@@ -345,37 +338,32 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
     folder, scored = Path(task.folder), roles[-1]
     found = Found("folder", "own images")
 
-    def names(paths: Sequence[Path]) -> str:
+    def names(paths: Iterable[Path]) -> str:
         return printable(few([path.relative_to(folder).as_posix() for path in paths]))
-
-    def place(image: tuple[Path, int]) -> bytes:  # by its name, so that new images move few others
-        name = nfc(image[0].relative_to(folder).as_posix())
-        return hashlib.sha256(os.fsencode(f"{how.seed} {name}")).digest()
 
     # --- which image is of which part ---
     parts, others = find_parts(folder)
-    if others:  # one may miss them
-        print(f"note: {len(others)} files are not read as images: {names(others)}", file=sys.stderr)
+    if others:
+        note_passed_over(others, names(others))
     if "test" not in parts and split_folders(folder)["train"] != folder:
-        parts["test"] = parts.pop("val", [])
+        parts["test"] = parts.pop("val", {})
     for role, share in (("test", how.test_share), ("val", how.val_share)):
         if role in parts or role not in (scored, "test"):
             continue
-        drawn, single = set(), []
-        for label, images in itertools.groupby(parts["train"], key=lambda image: image[1]):
-            order = sorted(images, key=place)
-            drawn.update(order[: min(max(1, round(share * len(order))), len(order) - 1)])
-            single += [task.class_names[label]] if len(order) == 1 else []
-        parts[role] = [image for image in parts["train"] if image in drawn]
-        parts["train"] = [image for image in parts["train"] if image not in drawn]
+        parts[role], whole, single = {}, parts["train"], []
+        for label, files in whole.items():
+            drawn = how.draw(folder, files, share)
+            parts[role][label] = [file for file in files if file in drawn]
+            whole[label] = [file for file in files if file not in drawn]
+            single += [] if drawn else [task.class_names[label]]
         found.notes.append(f"{role}: {share:g} of each class, split seed {how.seed}")
         if single:
             what = f"class {few(single)}"
             print(f"note: a single image, which is trained on: {what}", file=sys.stderr)
-    parts = {role: parts.get(role, []) for role in roles}
+    parts = {role: parts.get(role, {}) for role in roles}
 
     # --- what cannot be read, what is missing, what is there twice ---
-    bad = unreadable([path for path, _ in sum(parts.values(), [])])
+    bad = unreadable([path for part in parts.values() for path in chain(*part.values())])
     if bad:
         reasons = few([f"{names([path])} ({why})" for path, why in bad.items()])
         what = f"{len(bad)} files of {folder} are no readable images: {reasons}"
@@ -383,25 +371,28 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
             raise DataError(f"{what}; mend or remove them, or leave them out: --skip-bad-images")
         print(f"left out: {printable(what)}", file=sys.stderr)
         found.notes.append(f"{len(bad)} unreadable images left out")
-        found.left_out, found.agrees = len(bad), False
         found.refused = [(names([path]), why) for path, why in bad.items()]
+        found.agrees = False
+    class_of: dict[bytes, int] = {}  # digest of a training image -> its class
+    twice = torn = 0
     for role, part in parts.items():
-        part = [(path, label) for path, label in part if path not in bad]
-        found.images[role] = [path for path, _ in part]
-        found.labels[role] = np.array([label for _, label in part], np.int64)
-        found.formats |= {image_format(path, str(folder)) for path in found.images[role]}
-    trained = set(found.labels["train"].tolist())
+        found.images[role], found.labels[role] = [], []
+        for label, files in part.items():
+            for path in files:
+                if path in bad:
+                    continue
+                digest = hashlib.sha256(path.read_bytes()).digest()
+                if role == scored:
+                    twice += digest in class_of
+                else:
+                    torn += class_of.setdefault(digest, label) != label
+                found.images[role].append(path)
+                found.labels[role].append(label)
+    trained = set(found.labels["train"])
     empty = [name for label, name in enumerate(task.class_names) if label not in trained]
     if empty or not found.images[scored]:
         what = f"training images of class {few(empty)}" if empty else f"readable {scored} images"
         raise DataError(f"{folder} has no {what}: add some, or put all images into <class>/*")
-    known: dict[bytes, int] = {}  # digest of an image -> its class
-    twice = torn = 0
-    for role in roles:
-        own = [hashlib.sha256(path.read_bytes()).digest() for path in found.images[role]]
-        twice = sum(digest in known for digest in own)  # the last role is scored
-        for digest, label in zip(own, found.labels[role].tolist(), strict=True):
-            torn += role != scored and known.setdefault(digest, label) != label
     if torn:
         print(f"warning: {torn} training images are in another class too", file=sys.stderr)
     if twice:
@@ -416,8 +407,7 @@ def unreadable(files: Sequence[Path]) -> dict[Path, str]:
     def defect(path: Path) -> str:
         try:
             with open_image(path) as image:
-                if max(image.size) <= STRIPE * min(image.size):
-                    image.draft("RGB", (64, 64))
+                image.draft("RGB", (64, 64))
                 as_photo(image)
         except Image.DecompressionBombError:
             return f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller"
@@ -443,7 +433,7 @@ def identify(own: dict, dataset: str, out: str | os.PathLike) -> dict:
     if Path(out).resolve().is_relative_to(folder.resolve()):
         raise DataError(f"--out {out} lies among the images of {folder}: name another folder")
     for name, part in find_parts(folder)[0].items():
-        for path, _ in part:
+        for path in chain(*part.values()):
             where = nfc(path.relative_to(folder).as_posix())
             digest.update(os.fsencode(f"{name} {where}\n"))
             digest.update(contents(path) if path.is_file() else b"")
@@ -460,14 +450,12 @@ def tasks_of(benchmark: str | None) -> list[Task]:
     return [task for task in TASKS.values() if task.benchmark == benchmark]
 
 
-def find_task(name: str, folder_split: FolderSplit = FolderSplit()) -> Task:
+def find_task(name: str, folder_split: FolderSplit | None = None) -> Task:
     """The table's row for a task name or alias; for a folder of images, a row of its own.
 
     A task's exact name comes before a folder of that name: write ./digits for the folder.
     DataError for what is neither, or a folder without two classes to tell apart."""
-    names = {}
-    for task in TASKS.values():
-        names |= dict.fromkeys((task.name, *task.aliases), task)
+    names = {alias: task for task in TASKS.values() for alias in (task.name, *task.aliases)}
     key = name.lower().replace("-", "_")
     is_path = name not in names and (os.sep in name or os.path.exists(name))
     if not is_path and key in names:
@@ -487,14 +475,14 @@ def find_task(name: str, folder_split: FolderSplit = FolderSplit()) -> Task:
         need = "it needs <class>/* or train/<class>/*, two or more"
         raise DataError(f"{folder} has {len(classes)} folders for a class: {need}")
     row = printable(nfc(folder.name)), OWN, OWN, len(classes), None, str(folder), (), ""
-    reader, own = partial(read_folder, how=folder_split), {"folder": str(folder)}
+    reader, own = partial(read_folder, how=folder_split or FolderSplit()), {"folder": str(folder)}
     return Task(*row, reader, FOLDER_RECIPE, None, class_names=classes, upright=True, **own)
 
 
 def load(
     name: str, root: str | os.PathLike = "data", *,
     split: str = "trainval", img_size: int = 224, source: str = "auto", download: bool = True,
-    augment: str | None = None, folder_split: FolderSplit = FolderSplit(),
+    augment: str | None = None, folder_split: FolderSplit | None = None,
 ) -> tuple[Images, Images]:  # fmt: skip
     """(train, test) of a task: "trainval" gives train + val and test, "train" gives train and val.
 
@@ -506,44 +494,44 @@ def load(
     task, root = find_task(name, folder_split), Path(root)
     if split not in ("trainval", "train") or source not in SOURCES:
         raise ValueError(f"split must not be {split!r}, or source not {source!r}")
-    selections = {"train": ["train"], "val": ["val"]}
+    parts_of = {"train": ["train"], "val": ["val"]}
     if split == "trainval":
-        selections = {"train": ["train", "val"], "test": ["test"]}
+        parts_of = {"train": ["train", "val"], "test": ["test"]}
     try:
-        found = task.read(task, root, sum(selections.values(), []), source, download)
+        found = task.read(task, root, sum(parts_of.values(), []), source, download)
     except OSError as error:  # no permission, a name that is too long, a folder in a file's place
         reason = error.strerror or error
         raise DataError(f"{task.name}: cannot read {error.filename}: {reason}") from error
-    official, both, counts, paths = found.agrees, [], [], []
+    both, counts, paths, formats, is_whole = [], [], [], set(), True
     options = {"augment": augment or task.recipe["augment"], "upright": task.upright}
-    for role, parts in selections.items():
+    for role, parts in parts_of.items():
         items = [found.images[part] for part in parts]
         items = np.concatenate(items) if isinstance(items[0], np.ndarray) else sum(items, [])
         labels = np.concatenate([found.labels[part] for part in parts])
         images = Images(items, labels, img_size, **options)
-        images.role, images.source = role, found.source
+        images.role, images.source, images.digests = role, found.source, found.digests
         images.class_names, images.folder = task.class_names, task.folder
-        images.left_out, images.digests = found.left_out, found.digests
         images.refused = found.refused
         both.append(images)
         paths += [item for item in items if isinstance(item, Path)]
+        formats |= {tasks.image_format(item, task.name) for item in items}
         count = size = len(images)
         if task.sizes:
             size = sum(task.sizes[ROLE_NUMBER[part]] for part in parts)
-        official = official and count == size
+        is_whole = is_whole and count == size
         counts.append(f"{count} of {size} {role} (subset)" if count < size else f"{count} {role}")
-    proof = f" ({'; '.join(found.notes)})" if found.notes else ""
-    formats = f", {'+'.join(sorted(found.formats))} images" if found.formats else ""
-    notes = [f"{found.title}{proof}{formats}, {' / '.join(counts)}"]
+    title = f"{found.title} ({'; '.join(found.notes)})" if found.notes else found.title
+    if found.source != "embedded":
+        title += f", {'+'.join(sorted(formats))} images"
+    notes = [f"{title}, {' / '.join(counts)}"]
     repeated = len(paths) - len(set(paths))
     if repeated:
         notes.append(f"{repeated} images are repeated")
     declared = root / task.benchmark / task.name / "SUBSET"
-    is_declared = found.source == "prepared" and declared.exists()
-    if is_declared:
+    if found.source == "prepared" and declared.exists():
         notes.append(f"SUBSET: {' '.join(line for _, line in tasks.lines(declared))}")
     for images in both:
-        images.official = official and not repeated and not is_declared
+        images.official = found.agrees and is_whole and len(notes) == 1
         images.description = "; ".join(notes)
     return tuple(both)
 
@@ -564,7 +552,7 @@ def main(argv: list[str] | None = None) -> None:
     words = "tasks, vtab, fgvc (default: both)"
     parser.add_argument("--dataset", nargs="+", default=["vtab", "fgvc"], help=words)
     args = parser.parse_args(argv)
-    root, rows = Path(args.data_dir or "data"), []
+    root, rows, is_whole = Path(args.data_dir or "data"), [], True
     try:
         if args.data_dir and not root.is_dir():
             raise DataError(f"--data-dir: there is no folder {root}")
@@ -573,7 +561,6 @@ def main(argv: list[str] | None = None) -> None:
     except DataError as error:
         parser.error(printable(str(error)))
     print(f"{'task':18}classes  train   val   test  what agrees with our official split")
-    is_whole = True
     for task in rows:
         train, val, test = task.sizes or "---"
         print(f"{task.name:21}{task.classes:4}{train:7}{val:6}{test:7}  {task.verified}")

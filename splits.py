@@ -1,4 +1,4 @@
-"""The official VTAB-1k cut, from the originals' names or row numbers, without TensorFlow.
+"""Which image is of which split: VTAB-1k's official cut, and how a folder of photos is split.
 
 TensorFlow Datasets (TFDS) keeps every split of a data set sorted by the md5 of the split's name
 followed by the example's key. VTAB-1k's 800 training, 200 validation and test images are slices
@@ -6,9 +6,8 @@ of that order (Zhai et al. 2019, arXiv 1910.04867). So names are enough to find 
 
     tfds_order(["Forest_Forest_1.jpg", ...], "train")[:800]       # EuroSAT's train800
 
-`VTAB` says where a task's slices start. splits.json has the sha256 of every slice's keys, joined by
-newlines, and what outside lists confirm; splits.npz has what is long: labels, and the split of each
-image of SUN397.
+splits.json has the sha256 of every slice's keys, joined by newlines, and what outside lists confirm;
+splits.npz has what is long: labels, and the split of each image of SUN397.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ import csv
 import gzip
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+import os
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,6 +48,11 @@ def regular(path: Path) -> Path:
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")
     return path
+
+
+def nfc(name: str) -> str:
+    """A file's name as every system writes it: a Mac takes the dots off its letters (NFD)."""
+    return unicodedata.normalize("NFC", name)
 
 
 def printable(text: str) -> str:
@@ -87,88 +92,83 @@ def tfds_order(keys: Iterable, split: str) -> list:
     return sorted(keys, key=place)
 
 
-class Slice(NamedTuple):
-    """The images start .. stop - 1 of a split of TFDS."""
-
-    split: str
-    start: int
-    stop: int
-
-    def count(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a task is cut from its originals: the images of each split of TFDS, and three slices.
+class Cut(NamedTuple):
+    """How a task is cut from its originals: for each part a split of TFDS, start and stop in it.
 
     `ordered`: the slices are of TFDS's order; otherwise of the order of the original lists.
     """
 
-    counts: dict[str, int]
-    train: Slice
-    val: Slice
-    test: Slice
-    ordered: bool
+    val: tuple[str, int, int]
+    test: tuple[str, int, int]
+    train: tuple[str, int, int] = ("train", 0, 800)
+    ordered: bool = True
 
     def sizes(self) -> tuple[int, int, int]:
         """Images of train, val and test."""
-        return self.train.count(), self.val.count(), self.test.count()
+        return tuple(stop - start for _, start, stop in (self.train, self.val, self.test))
 
     def rows(self, role: str, keys: Sequence) -> list[int]:
         """The row numbers of the slice "train", "val" or "test", given its split's keys."""
         split, start, stop = getattr(self, role)
-        if not self.ordered:
-            return list(range(start, stop))
         row_of = {key: row for row, key in enumerate(keys)}
-        return [row_of[key] for key in tfds_order(keys, split)[start:stop]]
+        order = tfds_order(keys, split) if self.ordered else keys
+        return [row_of[key] for key in order[start:stop]]
 
 
-VTAB = {  # val200 and test, as slices of TFDS's splits; train800 is train[:800] of all
-    "cifar": ("train[45000:45200]", "test[:10000]"),
-    "caltech101": ("train[2754:2954]", "test[:6084]"),
-    "dtd": ("validation[:200]", "test[:1880]"),
-    "oxford_flowers102": ("validation[:200]", "test[:6149]"),
-    "oxford_iiit_pet": ("train[2944:3144]", "test[:3669]"),
-    "svhn": ("train[65931:66131]", "test[:26032]"),
-    "sun397": ("validation[:200]", "test[:21750]"),
-    "patch_camelyon": ("validation[:200]", "test[:32768]"),
-    "eurosat": ("train[16200:16400]", "train[21600:27000]"),
-    "resisc45": ("train[18900:19100]", "train[25200:31500]"),
-    "diabetic_retinopathy": ("validation[:200]", "test[:42670]"),
-    "clevr_count": ("train[63000:63200]", "validation[:15000]"),
-    "clevr_dist": ("train[63000:63200]", "validation[:15000]"),
-    "dmlab": ("validation[:200]", "test[:22735]"),
-    "kitti": ("validation[:200]", "test[:711]"),
-    "dsprites_loc": ("train[589824:590024]", "train[663552:737280]"),
-    "dsprites_ori": ("train[589824:590024]", "train[663552:737280]"),
-    "smallnorb_azi": ("test[:200]", "test[12150:24300]"),
-    "smallnorb_ele": ("test[:200]", "test[12150:24300]"),
+CUTS = {
+    "cifar": Cut(("train", 45000, 45200), ("test", 0, 10000)),
+    "caltech101": Cut(("train", 2754, 2954), ("test", 0, 6084)),
+    "dtd": Cut(("validation", 0, 200), ("test", 0, 1880)),
+    "oxford_flowers102": Cut(("validation", 0, 200), ("test", 0, 6149)),
+    "oxford_iiit_pet": Cut(("train", 2944, 3144), ("test", 0, 3669)),
+    "svhn": Cut(("train", 65931, 66131), ("test", 0, 26032)),
+    "sun397": Cut(("validation", 0, 200), ("test", 0, 21750)),
+    "patch_camelyon": Cut(("validation", 0, 200), ("test", 0, 32768)),
+    "eurosat": Cut(("train", 16200, 16400), ("train", 21600, 27000)),
+    "resisc45": Cut(("train", 18900, 19100), ("train", 25200, 31500)),
+    "diabetic_retinopathy": Cut(("validation", 0, 200), ("test", 0, 42670)),
+    "clevr_count": Cut(("train", 63000, 63200), ("validation", 0, 15000)),
+    "clevr_dist": Cut(("train", 63000, 63200), ("validation", 0, 15000)),
+    "dmlab": Cut(("validation", 0, 200), ("test", 0, 22735)),
+    "kitti": Cut(("validation", 0, 200), ("test", 0, 711)),
+    "dsprites_loc": Cut(("train", 589824, 590024), ("train", 663552, 737280)),
+    "dsprites_ori": Cut(("train", 589824, 590024), ("train", 663552, 737280)),
+    "smallnorb_azi": Cut(("test", 0, 200), ("test", 12150, 24300)),
+    "smallnorb_ele": Cut(("test", 0, 200), ("test", 12150, 24300)),
+    "oxford_flowers": Cut(("validation", 0, 1020), ("test", 0, 6149), ("train", 0, 1020), False),
+    "digits": Cut(("train", 800, 1000), ("train", 1000, 1797), ordered=False),
+    "fashion_mnist": Cut(("train", 50000, 60000), ("test", 0, 10000), ("train", 0, 50000), False),
 }
-OTHERS = {  # train, val and test, in the order of the original lists
-    "oxford_flowers": ("train[:1020]", "validation[:1020]", "test[:6149]"),
-    "digits": ("train[:800]", "train[800:1000]", "train[1000:1797]"),
-    "fashion_mnist": ("train[:50000]", "train[50000:60000]", "test[:10000]"),
-}
 
 
-def _cut(name: str, texts: Sequence[str], ordered: bool) -> Cut:
-    slices = []
-    for text in texts:
-        split, start, stop = re.fullmatch(r"(\w+)\[(\d*):(\d+)\]", text).groups()
-        slices.append(Slice(split, int(start or 0), int(stop)))
-    return Cut(CONSTANTS["counts"][name], *slices, ordered)
+# --- folders of one's own that do not say how they are split -------------------------------------
+@dataclass(frozen=True)
+class FolderSplit:
+    """The share of each class's images for the test, that of its training images for --val, the
+    seed of both; and whether bad images are left out."""
 
+    test_share: float = 0.2
+    val_share: float = 0.2
+    seed: int = 0
+    skip_bad: bool = False
 
-CUTS = {name: _cut(name, ("train[:800]", *texts), True) for name, texts in VTAB.items()}
-CUTS |= {name: _cut(name, texts, False) for name, texts in OTHERS.items()}
+    def draw(self, folder: Path, files: Sequence[Path], share: float) -> set[Path]:
+        """A share of the files of a class: one or more, but never the last. It is drawn by their
+        names below the folder, so that new images move few others."""
+
+        def place(file: Path) -> bytes:
+            name = nfc(file.relative_to(folder).as_posix())
+            return hashlib.sha256(os.fsencode(f"{self.seed} {name}")).digest()
+
+        count = min(max(1, round(share * len(files))), len(files) - 1)
+        return set(sorted(files, key=place)[:count])
 
 
 # --- splits that TFDS makes -----------------------------------------------------------------------
-FOLDERS = {  # one folder a class: rules of keys and files, images that are drawn for training
-    "caltech101": ("{folder}/{file}", "image_{i:04}.jpg", 30),
-    "eurosat": ("{folder}_{file}", "{folder}_{i}.jpg", None),
-    "resisc45": ("{folder}_{file}", "{folder}_{i:03}.jpg", None),
+FOLDERS = {  # one folder a class: the rule of keys, and the images that are drawn for training
+    "caltech101": ("{folder}/{file}", 30),
+    "eurosat": ("{folder}_{file}", None),
+    "resisc45": ("{folder}_{file}", None),
 }
 
 
@@ -178,7 +178,7 @@ def from_folders(name: str, files: dict[str, set[str]], split: str) -> tuple[dic
     Labels are by the directories' names, upper and lower case alike. TFDS's draw of Caltech101
     depends on their order: the official one, 3060 and 6084 images, has upper before lower case.
     """
-    rule, _, count = FOLDERS[name]
+    rule, count = FOLDERS[name]
     rng = np.random.RandomState(1234)
     classes = sorted(files, key=str.lower)
     paths, labels = {}, []
@@ -186,8 +186,7 @@ def from_folders(name: str, files: dict[str, set[str]], split: str) -> tuple[dic
         # tmp is no image, but it was listed when the official draw was made
         extra = {"tmp"} if folder == "BACKGROUND_Google" else set()
         listed = sorted(files[folder] | extra)
-        training = rng.choice(listed, count, replace=False).tolist() if count else listed
-        training = set(training)
+        training = set(rng.choice(listed, count, replace=False).tolist() if count else listed)
         for file in listed:
             if file.endswith(".jpg") and (file in training) == (split == "train"):
                 paths[rule.format(folder=folder, file=file)] = f"{folder}/{file}"
@@ -195,29 +194,19 @@ def from_folders(name: str, files: dict[str, set[str]], split: str) -> tuple[dic
     return paths, labels
 
 
-@cache
-def _official_files(name: str) -> dict[str, set[str]]:
-    files = {}
-    _, rule, _ = FOLDERS[name]
-    for folder, count in CONSTANTS["classes"][name].items():
-        files[folder] = {rule.format(folder=folder, i=i) for i in range(1, count + 1)}
-    return files
-
-
 def sun397_split(keys: Iterable[str], split: str) -> tuple[list[str], list[int]]:
     """The keys `/a/abbey/sun_x.jpg` that TFDS's lists give to a split, and their labels.
 
-    DataError, naming the class, if the keys of all splits are not as many as the official ones.
+    DataError if the classes of all splits have not as many images as the official ones.
     """
     keys = sorted(set(keys) - {SUN397_UNUSED}, key=lambda key: key.rpartition("/"))
     folders = [key.rpartition("/")[0] for key in keys]
-    classes, labels, counts = np.unique(folders, return_inverse=True, return_counts=True)
+    _, labels, counts = np.unique(folders, return_inverse=True, return_counts=True)
     official = _packed("sun397 counts")
-    if len(classes) != len(official):
-        raise DataError(f"sun397: {len(classes)} classes, not {len(official)}: get SUN397 again")
-    for name, count, wanted in zip(classes, counts, official, strict=True):
-        if count != wanted:
-            raise DataError(f"sun397: {name} has {count} images, not {wanted}: get SUN397 again")
+    if not np.array_equal(counts, official):
+        found = f"{len(keys)} images in {len(counts)} classes"
+        wanted = f"the official {official.sum()} in {len(official)}"
+        raise DataError(f"sun397: {found} are not {wanted}: get SUN397 again")
     packed = _packed("sun397 splits")  # four images a byte
     members = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], 1).ravel()[: len(keys)]
     rows = np.flatnonzero(members == ("train", "validation", "test").index(split))
@@ -250,35 +239,18 @@ class Proof(NamedTuple):
 
 def prove_labels(name: str, role: str, labels: Sequence[int]) -> Proof:
     """Compare labels of a slice, or of its beginning, with the official ones in TFDS's order."""
+    _, start, stop = getattr(CUTS[name], role)
     digests = CONSTANTS["labels"].get(name, {}).get(ROLES[role])
     if digests:  # of TFDS's order, and of that in which it reads several files side by side
-        whole = len(labels) == getattr(CUTS[name], role).count()
-        return Proof(sha256(labels) in digests if whole else None)
-    official = _official_labels(name, role)
-    if official is None:
+        return Proof(sha256(labels) in digests if len(labels) == stop - start else None)
+    packed = _packed(f"{name} labels")  # of train800, val200 and, where known, test
+    first = {"train": 0, "val": 800, "test": 1000}[role]
+    if packed is None or first == len(packed):
         return Proof(None)
-    for line, (found, wanted) in enumerate(zip(labels, official, strict=False), 1):
+    for line, (found, wanted) in enumerate(zip(labels, packed[first:], strict=False), 1):
         if found != wanted:
             return Proof(False, line)
     return Proof(True)
-
-
-def prove_histogram(name: str, role: str, labels: Sequence[int]) -> bool:
-    """Whether each class has as many images in a slice as it should, as far as that is known."""
-    official = CONSTANTS["histograms"].get(name, {}).get(ROLES[role])
-    return official is None or np.bincount(labels, minlength=len(official)).tolist() == official
-
-
-@cache
-def _official_labels(name: str, role: str) -> list[int] | None:
-    packed = _packed(f"{name} labels")  # train800, then val200
-    if packed is not None and role != "test":
-        return (packed[:800] if role == "train" else packed[800:]).tolist()
-    if name not in FOLDERS:
-        return None
-    split = getattr(CUTS[name], role).split
-    keys, labels = from_folders(name, _official_files(name), split)
-    return [labels[row] for row in CUTS[name].rows(role, list(keys))]
 
 
 # --- readers: one split of TFDS of an original data set -------------------------------------------
@@ -293,8 +265,9 @@ class Content:
     images: Callable[[list[int]], Sequence]
 
 
-def in_files(folder: Path, names: Iterable[str], labels: Iterable[int], keys=None) -> Content:
-    """Images in files below a folder; their keys are these names, or others."""
+def in_files(folder: Path, names: Iterable, labels: Iterable[int], keys=None) -> Content:
+    """Images in files below a folder; their keys are their paths from there, or others."""
+    names = [(folder / name).relative_to(folder).as_posix() for name in names]
     names = [within(name, folder) for name in names]
     return Content(keys or names, np.array(labels), lambda rows: [folder / names[i] for i in rows])
 
@@ -327,22 +300,17 @@ def svhn(root: Path, split: str) -> Content:
 
 def dtd(root: Path, split: str) -> Content:
     content = datasets.DTD(root, {"validation": "val"}.get(split, split), partition=1)
-    return _below(root / "dtd/dtd/images", content._image_files, content._labels)
+    return in_files(root / "dtd/dtd/images", content._image_files, content._labels)
 
 
 def flowers(root: Path, split: str) -> Content:
     content = datasets.Flowers102(root, {"validation": "val"}.get(split, split))
-    return _below(root / "flowers-102/jpg", content._image_files, content._labels)
+    return in_files(root / "flowers-102/jpg", content._image_files, content._labels)
 
 
 def pets(root: Path, split: str) -> Content:
     content = datasets.OxfordIIITPet(root, {"train": "trainval"}.get(split, split))
-    return _below(root / "oxford-iiit-pet/images", content._images, content._labels)
-
-
-def _below(folder: Path, paths: list[Path], labels: list[int]) -> Content:
-    """Images whose keys are their paths from the folder."""
-    return in_files(folder, [path.relative_to(folder).as_posix() for path in paths], labels)
+    return in_files(root / "oxford-iiit-pet/images", content._images, content._labels)
 
 
 def class_folders(root: Path, split: str, name: str, place: str) -> Content:
@@ -387,19 +355,18 @@ def dsprites(root: Path, split: str, label: Callable) -> Content:
 
 def smallnorb(root: Path, split: str, label: Callable) -> Content:
     name = {"train": "training", "test": "testing"}[split]
-    arrays = []
-    for kind in ("dat", "info"):
+
+    def values(kind: str, dtype: str) -> np.ndarray:
         path = find(root, f"smallnorb-*-{name}-{kind}.mat*")
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
         # int32: a magic number, the number of dimensions, the sizes, at least three; then values
-        magic, ndim = np.frombuffer(raw, "<i4", 2)
-        dtype = {0x1E3D4C55: "u1", 0x1E3D4C54: "<i4"}[magic]
+        ndim = int.from_bytes(raw[4:8], "little")
         shape = np.frombuffer(raw, "<i4", ndim, offset=8)
-        values = np.frombuffer(raw, dtype, np.prod(shape), offset=8 + 4 * max(3, ndim))
-        arrays.append(values.reshape(shape))
-    images, infos = arrays  # (N, 2 cameras, 96, 96) and (N, 4)
-    return in_memory(images[:, 0], label(infos))
+        return np.frombuffer(raw, dtype, np.prod(shape), 8 + 4 * max(3, ndim)).reshape(shape)
+
+    images = values("dat", "u1")  # (N, 2 cameras, 96, 96)
+    return in_memory(images[:, 0], label(values("info", "<i4")))  # of (N, 4)
 
 
 def clevr(root: Path, split: str, label: Callable) -> Content:
@@ -429,22 +396,20 @@ def kitti(root: Path, split: str) -> Content:
     drawn, rest = {}, sorted(set(videos))
     count = max(1, len(rest) // 10)
     for name in ("test", "validation"):
-        drawn[name] = set(rng.choice(rest, count, replace=False).tolist())
-        rest = sorted(set(rest) - drawn[name])
-    drawn["train"] = set(rest)
-    keys, labels = [], []
-    for image, video in enumerate(videos):
-        if video not in drawn[split]:
-            continue
+        drawn[name] = rng.choice(rest, count, replace=False).tolist()
+        rest = sorted(set(rest) - set(drawn[name]))
+    drawn["train"] = rest
+    images = [image for image, video in enumerate(videos) if video in drawn[split]]
+    labels = []
+    for image in images:
         distances = [1000.0]
         for line in regular(folder / f"{image:06d}.txt").read_text().splitlines():
             fields = line.split()
             if fields[0] in ("Car", "Van", "Truck"):
                 distances.append(float(fields[13]))
-        keys.append(f"{image:06d}.png")
         # to 8 m, to 20 m, farther, none
         labels.append(np.digitize(np.float32(min(distances)), [-100, 8, 20, 999], right=True) - 1)
-    return in_files(folder.parent / "image_2", keys, labels)
+    return in_files(folder.parent / "image_2", [f"{image:06d}.png" for image in images], labels)
 
 
 def retinopathy(root: Path, split: str) -> Content:
@@ -462,60 +427,35 @@ def retinopathy(root: Path, split: str) -> Content:
             width, height = Image.open(regular(path), formats=["JPEG"]).size
             if width != 540 or height > 540:
                 what = f"{path} is {width} x {height}, not preprocessed as in TFDS's btgraham-300"
-                how = "scale all eyes to a radius of 300, take the local mean off, crop to 90 % (so"
-                how += " 540 wide), save as JPEG of quality 72; or use --source prepared"
-                raise DataError(f"{what}: {how}")
+                raise DataError(f"{what}: see docs/data.md, or use --source prepared")
         return paths
 
     return Content(keys, content.labels, images)
 
 
 def dmlab(root: Path, split: str) -> Content:
+    from tfrecord.reader import example_loader
+
     folder = find(root, f"dmlab-{split}.tfrecord*").parent
-    examples = []
-    for path in sorted(folder.glob(f"dmlab-{split}.tfrecord*")):
-        file, start = memoryview(np.memmap(regular(path), mode="r")), 0
-        while start < len(file):  # 8 bytes of length, a crc of 4, the record, a crc of 4
-            stop = start + 16 + int.from_bytes(file[start : start + 8], "little")
-            if stop > len(file):
-                raise ValueError(f"{path.name} ends within a record")
-            examples.append(_example(file[start + 12 : stop - 4]))
-            start = stop
-    keys = [bytes(example["filename"]).decode() for example in examples]
-    labels = np.array([example["label"] for example in examples])
-    return Content(keys, labels, lambda rows: [bytes(examples[row]["image"]) for row in rows])
+    files = sorted(folder.glob(f"dmlab-{split}.tfrecord*"))
 
+    def examples(*features: str) -> Iterator[dict]:
+        for file in files:
+            try:
+                yield from example_loader(regular(file), None, list(features))
+            except RuntimeError as error:
+                raise ValueError(f"{file.name}: {error}") from error
 
-def _example(record: memoryview) -> dict:
-    """{feature: its first value} of a serialised tf.train.Example, bytes or integer."""
-    example = {}
-    for _, entry in _fields(dict(_fields(record))[1]):
-        pair = dict(_fields(entry))  # 1: the name, 2: the feature
-        [(kind, values)] = _fields(pair[2])  # 1: a list of bytes, 3: of integers
-        value = dict(_fields(values))[1]
-        if kind == 3 and isinstance(value, memoryview):
-            [value] = value  # packed; a label, below 128, is one byte
-        example[bytes(pair[1]).decode()] = value
-    return example
+    keys, labels = [], []
+    for example in examples("filename", "label"):
+        keys.append(example["filename"].decode())
+        labels.append(int(example["label"][0]))
 
+    def images(rows: list[int]) -> list[bytes]:
+        wanted, found = set(rows), {}
+        for row, example in enumerate(examples("image")):
+            if row in wanted:
+                found[row] = example["image"]
+        return [found[row] for row in rows]
 
-def _fields(message: memoryview) -> list[tuple]:
-    """(number, value) of the fields of a protocol buffer: integers, and what has a length."""
-    found, place = [], 0
-
-    def integer() -> int:  # seven bits a byte, the lowest first
-        nonlocal place
-        value = shift = 0
-        while message[place] > 127:
-            value |= (message[place] & 127) << shift
-            shift, place = shift + 7, place + 1
-        place += 1
-        return value | message[place - 1] << shift
-
-    while place < len(message):
-        tag, value = integer(), integer()
-        if tag & 7 == 2:
-            start, place = place, place + value
-            value = message[start:place]
-        found.append((tag >> 3, value))
-    return found
+    return Content(keys, np.array(labels), images)

@@ -11,7 +11,6 @@ deeper.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -24,15 +23,25 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 from torchvision import datasets
 
 import splits
 from splits import CONSTANTS, CUTS, Content, DataError, Missing, find, regular, within
 
 # what Pillow may open; it would start other programs for some (Ghostscript for EPS)
-READABLE = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-ARCHIVE = "1yZKwiKdsBzTfBgnStRveYMokc7GMMd5p"  # all 19 tasks, on Google Drive
+READABLE = ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM"]
+ENDINGS = ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm .pnm".split()
+HEIC = [".heic", ".heif", ".hif"]
+if features.check("avif"):
+    READABLE.append("AVIF")
+    ENDINGS.append(".avif")
+with suppress(ImportError):  # an option, for photos of phones
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    READABLE.append("HEIF")
+    ENDINGS += HEIC
 ROLE_NUMBER = {"train": 0, "val": 1, "test": 2}  # of a role in a task's sizes
 Item = Path | bytes | np.ndarray  # a file, an encoded image, or pixels (H, W) or (H, W, 3) of uint8
 
@@ -45,15 +54,16 @@ def open_image(item: Item) -> Image.Image:
     return Image.open(file, formats=READABLE)
 
 
-def image_format(item: Item, where: str) -> str:
-    """The file format of an image, by its header; DataError, naming `where`, without one."""
+def image_format(item: Item, task: str) -> str:
+    """The format of an image's file, by its header; DataError, naming the task, without one."""
+    if isinstance(item, np.ndarray):
+        return "raw"
     try:
         with open_image(item) as image:
             return image.format
     except Exception as error:  # whatever a damaged file makes Pillow raise
-        absent = isinstance(error, FileNotFoundError)
-        reason = "does not exist" if absent else f"is not a readable image ({type(error).__name__})"
-        raise DataError(f"{where}: {name_of(item)} {reason}; unpack the archive again") from None
+        wrong = f"{name_of(item)} is not a readable image ({type(error).__name__})"
+        raise DataError(f"{task}: {wrong}; get it again") from None
 
 
 def name_of(item: Item) -> str:
@@ -65,8 +75,7 @@ def lines(listing: Path) -> list[tuple[str, str]]:
     try:
         text = regular(listing).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        remedy = "the folder is damaged, unpack it again"
-        raise DataError(f"no list {listing} ({error}): {remedy}") from None
+        raise DataError(f"no list {listing} ({error}): unpack the archive again") from None
     numbered = enumerate(map(str.strip, text.splitlines()), 1)
     return [(f"{listing}, line {number}", line) for number, line in numbered if line]
 
@@ -80,7 +89,6 @@ class Original:
     place: tuple[str, ...]  # what must be in <root>
     get: str  # where from
     fetch: tuple[Callable, ...] = ()  # torchvision's classes, which download
-    needs: tuple[str, ...] = ()  # packages
     note: str = ""  # what a result should say of them
 
 
@@ -92,11 +100,9 @@ class Found:
     title: str
     images: dict[str, Sequence] = field(default_factory=dict)  # by role: paths, bytes or an array
     labels: dict[str, Sequence[int]] = field(default_factory=dict)  # by role
-    formats: set[str] = field(default_factory=set)  # of the files
     digests: dict[str, str] = field(default_factory=dict)  # sha256 of a slice's keys or labels
     agrees: bool = True  # all that can be compared, with the official split
-    left_out: int = 0  # images that could not be read
-    refused: Sequence[tuple[str, str]] = ()  # their paths, and why
+    refused: Sequence[tuple[str, str]] = ()  # path and reason of images that were left out
     notes: list[str] = field(default_factory=list)
 
 
@@ -105,7 +111,7 @@ def read_originals(task, root: Path, roles: Iterable[str], source: str, download
     found, contents, cut = Found("original", "originals"), {}, CUTS[task.name]
     found.notes += [task.original.note] if task.original.note else []
     for role in roles:
-        split, name = getattr(cut, role).split, splits.ROLES[role]
+        split, name = getattr(cut, role)[0], splits.ROLES[role]
         if split not in contents:
             contents[split] = whole_split(task, root, split, download)
         content = contents[split]
@@ -113,20 +119,12 @@ def read_originals(task, root: Path, roles: Iterable[str], source: str, download
         keys, labels = [content.keys[i] for i in rows], content.labels[rows]
         if cut.ordered:
             found.digests[name] = splits.prove_keys(task.name, role, keys)
-        if not 0 <= labels.min() <= labels.max() < task.classes:
-            raise DataError(f"{task.name}: the originals have labels outside 0..{task.classes - 1}")
         agrees, line = splits.prove_labels(task.name, role, labels)
-        if agrees is False or not splits.prove_histogram(task.name, role, labels):
-            which = f"that of {keys[line - 1]} first" if line else "by their count in each class"
-            wrong = f"{task.name}: labels of {name} are not the official ones, {which}"
+        if agrees is False:
+            which = f", that of {keys[line - 1]} first" if line else ""
+            wrong = f"{task.name}: labels of {name} are not the official ones{which}"
             raise DataError(f"{wrong}: get the originals again ({task.original.get})")
-        images = content.images(rows)
-        found.labels[role], found.images[role] = labels, images
-        if isinstance(images, np.ndarray):
-            found.formats.add("raw")
-        else:
-            where = f"{task.name}: the originals are not whole"
-            found.formats |= {image_format(image, where) for image in images}
+        found.labels[role], found.images[role] = labels, content.images(rows)
     return found
 
 
@@ -136,9 +134,6 @@ def whole_split(task, root: Path, split: str, download: bool = True) -> Content:
     Raises Missing where the originals cannot be had, DataError where they are damaged.
     """
     original, name = task.original, task.name
-    for package in original.needs:
-        if importlib.util.find_spec(package) is None:
-            raise Missing(f"{name}: reading the originals needs {package}: pip install {package}")
     depth = 1 if original.fetch else 4
     missing = [place for place in original.place if find(root, place, depth) is None]
     if missing:
@@ -160,9 +155,12 @@ def whole_split(task, root: Path, split: str, download: bool = True) -> Content:
         content = original.read(root, split)
     except DataError:
         raise
+    except ModuleNotFoundError as error:
+        needs = f"reading the originals needs {error.name}: pip install {error.name}"
+        raise Missing(f"{name}: {needs}") from error
     except Exception as error:  # whatever a damaged file makes its reader raise
         raise DataError(f"{where} are damaged ({reason_of(error)}): {again}") from error
-    count, distinct = CUTS[name].counts[split], len(set(content.keys))
+    count, distinct = CONSTANTS["counts"][name][split], len(set(content.keys))
     if not len(content.keys) == len(content.labels) == distinct == count:
         images = f"{distinct} {split} images and {len(content.labels)} labels, not {count}"
         raise DataError(f"{where} have {images}: remove them and {again}")
@@ -195,14 +193,13 @@ def read_embedded(task, root: Path, roles: Iterable[str], source: str, download:
     """As read_originals; there is no other source, and people know it by its origin."""
     found = read_originals(task, root, roles, source, download)
     found.source, found.title = "embedded", task.origin
-    found.formats.clear()
     return found
 
 
 def read_vtab(task, root: Path, roles: Iterable[str], source: str, download: bool) -> Found:
     """The originals, or where they cannot be had, or at wish, the prepared folder."""
     folder = root / "vtab-1k" / task.name
-    archive = f"unpack a prepared archive (Google Drive {ARCHIVE}) to {folder}"
+    archive = "a prepared archive (Google Drive 1yZKwiKdsBzTfBgnStRveYMokc7GMMd5p)"
     if source != "prepared":
         try:
             return read_originals(task, root, roles, source, download)
@@ -210,43 +207,35 @@ def read_vtab(task, root: Path, roles: Iterable[str], source: str, download: boo
             if source == "original":
                 raise
             if not folder.is_dir():
-                raise Missing(f"{error}; or {archive}") from None
+                raise Missing(f"{error}; or unpack {archive} to {folder}") from None
             print(f"{error}; reading the prepared folder {folder} instead")
     if not folder.is_dir():
-        raise Missing(f"{task.name}: no folder {folder}: {archive} or point --data-dir elsewhere")
+        remedy = f"unpack {archive} to {folder} or point --data-dir elsewhere"
+        raise Missing(f"{task.name}: no folder {folder}: {remedy}")
     return read_prepared(task, folder, roles)
 
 
 def read_prepared(task, folder: Path, roles: Iterable[str]) -> Found:
     """The folder that PEFT repositories pass around, compared with the official labels."""
-    found, classes, agreements = Found("prepared", "prepared folder"), {}, set()
-    for name in ("train800", "val200", "train800val200"):
-        if (folder / f"{name}.txt").exists():
-            classes[name] = [line.split()[-1] for _, line in lines(folder / f"{name}.txt")]
-    if len(classes) == 3 and classes["train800"] + classes["val200"] != classes["train800val200"]:
-        found.notes.append("train800val200.txt has other labels than train800.txt and val200.txt")
+    found, agreements = Found("prepared", "prepared folder"), set()
     lists = {"train800.txt": ["train"], "val200.txt": ["val"]}
     if "test" in roles:
         lists = {"train800val200.txt": ["train", "val"], "test.txt": ["test"]}
     for name, in_list in lists.items():
         paths, labels = [], []
         for where, line in lines(folder / name):
-            try:
-                path, label = line.rsplit(None, 1)
-                label = int(label)
-            except ValueError:
-                raise DataError(f"{where}: expected '<image> <label>', found {line!r}") from None
-            if not 0 <= label < task.classes:
-                raise DataError(f"{where}: label {label} is outside 0..{task.classes - 1}")
-            paths.append(folder / within(path, where))
-            labels.append(label)
-            found.formats.add(image_format(paths[-1], where))
+            path, _, label = line.replace("\t", " ").rpartition(" ")
+            if not label.isdecimal() or int(label) >= task.classes:
+                wanted = f"'<image> <label>' with a label in 0..{task.classes - 1}"
+                raise DataError(f"{where}: expected {wanted}, found {line!r}")
+            labels.append(int(label))
+            paths.append(folder / within(path.strip(), where))
         sizes = [task.sizes[ROLE_NUMBER[role]] for role in in_list]
         if in_list == ["test"] and len(paths) == splits.OTHER_DRAWS.get(task.name):
             found.notes.append(f"{len(paths)} test images are another draw than the official one")
             sizes = [len(paths)]
-        is_short = len(paths) < sum(sizes) and in_list != ["test"]
-        if not paths or len(paths) > sum(sizes) or is_short:
+        least = 1 if in_list == ["test"] else sum(sizes)
+        if not least <= len(paths) <= sum(sizes):
             wrong = f"{folder / name} has {len(paths)} images, VTAB-1k's {task.name} has"
             raise DataError(f"{wrong} {sum(sizes)}: unpack the archive again")
         start = 0
@@ -269,22 +258,22 @@ def read_prepared(task, folder: Path, roles: Iterable[str]) -> Found:
 
 def read_fgvc(task, root: Path, roles: Sequence[str], source: str, download: bool) -> Found:
     """VPT's layout: train.json, val.json, test.json; ids of all three, sorted, become 0..C-1."""
-    names, folder = (task.name, *task.aliases), None
-    for path in sorted((root / "fgvc").glob("*/")):
-        if path.name.lower().replace("-", "_") in names:
-            folder = folder or path
-    by_hand = (
-        f"put the images of {task.origin} into {root / 'fgvc' / task.name} and, beside them, "
-        "train.json, val.json and test.json, which VPT's repository links to (github.com/KMnP/vpt)"
-    )
-    if folder is None and source != "prepared" and task.original:
-        try:
-            return read_originals(task, root, roles, source, download)
-        except Missing as error:
-            raise Missing(f"{error}; or {by_hand}") from None
-    if folder is None:
-        raise Missing(f"{task.name}: no folder {root / 'fgvc' / task.name}: {by_hand}")
-    lists, ids = {}, set()
+    names = (task.name, *task.aliases)
+    places = sorted((root / "fgvc").glob("*/"))
+    folders = [path for path in places if path.name.lower().replace("-", "_") in names]
+    if not folders:
+        place = root / "fgvc" / task.name
+        missing = f"{task.name}: no folder {place}:"
+        if source != "prepared" and task.original:
+            try:
+                return read_originals(task, root, roles, source, download)
+            except Missing as error:
+                missing = f"{error}; or"
+        raise Missing(
+            f"{missing} put the images of {task.origin} into {place} and, beside them, train.json, "
+            "val.json and test.json, which VPT's repository links to (github.com/KMnP/vpt)"
+        )
+    folder, lists, ids = folders[0], {}, set()
     for role in (*roles, "test"):
         if role in lists or (role not in roles and len(ids) >= task.classes):
             continue  # the test list is read for its classes, if training lacks some
@@ -312,7 +301,6 @@ def read_fgvc(task, root: Path, roles: Sequence[str], source: str, download: boo
         for name in lists[role]:
             places = [folder / sub / within(name, where) for sub in ("images", "Images", "")]
             path = next((place for place in places if place.exists()), places[-1])
-            found.formats.add(image_format(path, where))
             found.images[role].append(path)
     return found
 
@@ -356,106 +344,85 @@ DEMO = {"model": "vit_nano", "epochs": 20, "lr": 8e-3, "drop_path": 0.0, "augmen
 PRETRAINING = DEMO | {"epochs": 12, "lr": 1e-3, "drop_path": 0.1}
 
 
-def _vtab(group, name, classes, aliases, reader, place, get, *fetch, needs="", note="") -> Task:
-    """A row of VTAB-1k; names in `aliases`, `place` and `needs` have spaces between."""
-    original = Original(reader, tuple(place.split()), get, fetch, tuple(needs.split()), note)
-    row = name, "vtab-1k", group, classes, CUTS[name].sizes(), get, tuple(aliases.split())
-    verified, sources = CONSTANTS["evidence"][name], ("original", "prepared")
-    return Task(*row, verified, read_vtab, COMMON, original, sources)
+def _original(name, reader, place, *fetch, note="") -> Original:
+    """Where the originals of a task are; names in `place` have spaces between."""
+    return Original(reader, tuple(place.split()), CONSTANTS["origins"][name], fetch, note)
 
 
-def _fgvc(group, name, classes, sizes, origin, aliases="", original=None) -> Task:
+def _vtab(group, name, classes, aliases, *original, note="") -> Task:
+    """A row of VTAB-1k; names in `aliases` have spaces between."""
+    row = name, "vtab-1k", group, classes, CUTS[name].sizes(), CONSTANTS["origins"][name]
+    row = *row, tuple(aliases.split()), CONSTANTS["evidence"][name], read_vtab, COMMON
+    return Task(*row, _original(name, *original, note=note), ("original", "prepared"))
+
+
+def _fgvc(group, name, classes, sizes, origin, aliases="", *original) -> Task:
     row = name, "fgvc", group, classes, sizes, origin, tuple(aliases.split())
-    return Task(*row, "originals" if original else "counts only", read_fgvc, FGVC, original)
+    if not original:
+        return Task(*row, "counts only", read_fgvc, FGVC, None)
+    return Task(*row, "originals", read_fgvc, FGVC, _original(name, *original))
 
 
 # fmt: off
+_FLOWERS = (splits.flowers, "flowers-102/jpg flowers-102/setid.mat flowers-102/imagelabels.mat",
+            datasets.Flowers102)
 _PCAM = "pcam/camelyonpatch_level_2_split_"
-_CLEVR = "CLEVR_v1.0", "https://dl.fbaipublicfiles.com/clevr/CLEVR_v1.0.zip (19 GB)"
-_DSPRITES = ("dsprites_ndarray_*64x64.npz",
-             "https://github.com/google-deepmind/dsprites-dataset (the .npz file)")
+_DSPRITES = "dsprites_ndarray_*64x64.npz"
 _NORB = ("smallnorb-*-training-dat.mat* smallnorb-*-training-info.mat* "
-         "smallnorb-*-testing-dat.mat* smallnorb-*-testing-info.mat*",
-         "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/ (dat and info, training and testing)")
-_FLOWERS = ("flowers-102/jpg flowers-102/setid.mat flowers-102/imagelabels.mat",
-            "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (345 MB: 102flowers.tgz, "
-            "setid.mat, imagelabels.mat)", datasets.Flowers102)
+         "smallnorb-*-testing-dat.mat* smallnorb-*-testing-info.mat*")
 TABLE = [
     _vtab("natural", "cifar", 100, "cifar100 cifar_100", splits.cifar, "cifar-100-python",
-          "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz (169 MB)", datasets.CIFAR100),
+          datasets.CIFAR100),
     _vtab("natural", "caltech101", 102, "caltech caltech_101",
           partial(splits.class_folders, name="caltech101", place="caltech101/101_ObjectCategories"),
-          "caltech101/101_ObjectCategories",
-          "https://data.caltech.edu/records/mzrjq-6wc02 (137 MB: 101_ObjectCategories.tar.gz)",
-          datasets.Caltech101),
-    _vtab("natural", "dtd", 47, "describable_textures", splits.dtd, "dtd/dtd",
-          "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz (625 MB)",
-          datasets.DTD),
-    _vtab("natural", "oxford_flowers102", 102, "flowers102 vtab_flowers", splits.flowers,
-          *_FLOWERS, needs="scipy"),
+          "caltech101/101_ObjectCategories", datasets.Caltech101),
+    _vtab("natural", "dtd", 47, "describable_textures", splits.dtd, "dtd/dtd", datasets.DTD),
+    _vtab("natural", "oxford_flowers102", 102, "flowers102 vtab_flowers", *_FLOWERS),
     _vtab("natural", "oxford_iiit_pet", 37, "pets pet oxford_pet oxford_pets", splits.pets,
-          "oxford-iiit-pet/images oxford-iiit-pet/annotations",
-          "https://www.robots.ox.ac.uk/~vgg/data/pets/ (811 MB: images.tar.gz, annotations.tar.gz)",
-          datasets.OxfordIIITPet),
+          "oxford-iiit-pet/images oxford-iiit-pet/annotations", datasets.OxfordIIITPet),
     _vtab("natural", "svhn", 10, "svhn_cropped", splits.svhn, "train_32x32.mat test_32x32.mat",
-          "http://ufldl.stanford.edu/housenumbers/ (246 MB: train_32x32.mat, test_32x32.mat)",
-          partial(datasets.SVHN, split="train"), partial(datasets.SVHN, split="test"),
-          needs="scipy"),
+          partial(datasets.SVHN, split="train"), partial(datasets.SVHN, split="test")),
     _vtab("natural", "sun397", 397, "sun sun_397", splits.sun397, "SUN397",
-          "https://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz (37 GB)",
           note="at full size, which TFDS shrinks to 120,000 pixels"),
     _vtab("specialized", "patch_camelyon", 2, "camelyon pcam", splits.pcam,
           f"{_PCAM}train_x.h5 {_PCAM}train_y.h5 {_PCAM}valid_x.h5 {_PCAM}valid_y.h5 "
           f"{_PCAM}test_x.h5 {_PCAM}test_y.h5",
-          "https://zenodo.org/record/2546921 (8 GB: six .h5.gz files, to be unpacked)",
-          *[partial(datasets.PCAM, split=split) for split in ("train", "val", "test")],
-          needs="h5py"),
+          *[partial(datasets.PCAM, split=split) for split in ("train", "val", "test")]),
     _vtab("specialized", "eurosat", 10, "euro_sat",
           partial(splits.class_folders, name="eurosat", place="eurosat/2750"), "eurosat/2750",
-          "https://huggingface.co/datasets/torchgeo/eurosat (94 MB: EuroSAT.zip)",
           datasets.EuroSAT),
     _vtab("specialized", "resisc45", 45, "resisc",
-          partial(splits.class_folders, name="resisc45", place="NWPU-RESISC45"), "NWPU-RESISC45",
-          "https://1drv.ms/u/s!AmgKYzARBl5ca3HNaHIlzp_IXjs (NWPU-RESISC45.rar)"),
+          partial(splits.class_folders, name="resisc45", place="NWPU-RESISC45"), "NWPU-RESISC45"),
     _vtab("specialized", "diabetic_retinopathy", 5, "retinopathy", splits.retinopathy,
-          "trainLabels.csv retinopathy_solution.csv",
-          "https://www.kaggle.com/c/diabetic-retinopathy-detection (trainLabels.csv, images, to be "
-          "preprocessed, in train/ and test/) and https://storage.googleapis.com/"
-          "kaggle-forum-message-attachments/90528/2877/retinopathy_solution.csv"),
+          "trainLabels.csv retinopathy_solution.csv"),
     _vtab("structured", "clevr_count", 8, "clevr_count_all",
-          partial(splits.clevr, label=lambda objects: len(objects) - 3), *_CLEVR),
+          partial(splits.clevr, label=lambda objects: len(objects) - 3), "CLEVR_v1.0"),
     _vtab("structured", "clevr_dist", 6, "clevr_closest clevr_distance",
-          partial(splits.clevr, label=splits.clevr_distance), *_CLEVR),
+          partial(splits.clevr, label=splits.clevr_distance), "CLEVR_v1.0"),
     _vtab("structured", "dmlab", 6, "", splits.dmlab,
-          "dmlab-train.tfrecord* dmlab-validation.tfrecord* dmlab-test.tfrecord*",
-          "https://storage.googleapis.com/dmlab-vtab/dmlab.tar.gz (3 GB)"),
+          "dmlab-train.tfrecord* dmlab-validation.tfrecord* dmlab-test.tfrecord*"),
     _vtab("structured", "kitti", 4, "kitti_dist kitti_distance", splits.kitti,
-          "training/image_2 training/label_2 mapping/train_rand.txt mapping/train_mapping.txt",
-          "https://www.cvlibs.net/datasets/kitti/eval_object.php (left colour images, labels, "
-          "devkit: 13 GB)"),
+          "training/image_2 training/label_2 mapping/train_rand.txt mapping/train_mapping.txt"),
     _vtab("structured", "dsprites_loc", 16, "dsprites_location dsprites_position",
-          partial(splits.dsprites, label=lambda found: found[:, 4] // 2), *_DSPRITES),
+          partial(splits.dsprites, label=lambda found: found[:, 4] // 2), _DSPRITES),
     _vtab("structured", "dsprites_ori", 16, "dsprites_orientation",
-          partial(splits.dsprites, label=lambda found: found[:, 3] * 2 // 5), *_DSPRITES),
+          partial(splits.dsprites, label=lambda found: found[:, 3] * 2 // 5), _DSPRITES),
     _vtab("structured", "smallnorb_azi", 18, "smallnorb_azimuth",
-          partial(splits.smallnorb, label=lambda infos: infos[:, 2] // 2), *_NORB),
+          partial(splits.smallnorb, label=lambda infos: infos[:, 2] // 2), _NORB),
     _vtab("structured", "smallnorb_ele", 9, "smallnorb_elevation",
-          partial(splits.smallnorb, label=lambda infos: infos[:, 1]), *_NORB),
+          partial(splits.smallnorb, label=lambda infos: infos[:, 1]), _NORB),
     _fgvc("birds", "cub", 200, (5394, 600, 5794), "CUB-200-2011", "cub200 cub_200_2011"),
     _fgvc("birds", "nabirds", 555, (21536, 2393, 24633), "NABirds"),
     _fgvc("flowers", "oxford_flowers", 102, (1020, 1020, 6149), "Oxford Flowers 102",
-          "fgvc_flowers oxfordflower",
-          Original(splits.flowers, tuple(_FLOWERS[0].split()), _FLOWERS[1], _FLOWERS[2:],
-                   ("scipy",))),
+          "fgvc_flowers oxfordflower", *_FLOWERS),
     _fgvc("dogs", "stanford_dogs", 120, (10800, 1200, 8580), "Stanford Dogs", "dogs"),
     _fgvc("cars", "stanford_cars", 196, (7329, 815, 8041), "Stanford Cars", "cars"),
     Task("digits", "demo", "demo", 10, CUTS["digits"].sizes(), "embedded UCI handwritten digits",
-         (), "", read_embedded, DEMO, Original(splits.digits, (), "this repository")),
+         (), "", read_embedded, DEMO, _original("digits", splits.digits, "")),
     Task("fashion_mnist", "pretraining", "demo", 10, CUTS["fashion_mnist"].sizes(),
          "Fashion-MNIST", ("fashion",), "", read_embedded, PRETRAINING,
-         Original(splits.fashion_mnist, ("FashionMNIST/raw/train-images-idx3-ubyte",),
-                  "https://github.com/zalandoresearch/fashion-mnist (30 MB: four files, unpacked)",
-                  (datasets.FashionMNIST,))),
+         _original("fashion_mnist", splits.fashion_mnist,
+                   "FashionMNIST/raw/train-images-idx3-ubyte", datasets.FashionMNIST)),
 ]
 # fmt: on
 TASKS: dict[str, Task] = {task.name: task for task in TABLE}

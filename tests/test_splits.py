@@ -31,12 +31,18 @@ CLASSES = CONSTANTS["classes"]
 PACKED = dict(np.load(splits.FOLDER / "splits.npz"))
 
 
+FILES = {
+    "caltech101": "image_{i:04}.jpg",
+    "eurosat": "{folder}_{i}.jpg",
+    "resisc45": "{folder}_{i:03}.jpg",
+}
+
+
 def files_of(name):
     """The files of each class of an original that is one folder a class."""
     files = {}
     for folder, count in CLASSES[name].items():
-        _, rule, _ = splits.FOLDERS[name]
-        files[folder] = {rule.format(folder=folder, i=i) for i in range(1, count + 1)}
+        files[folder] = {FILES[name].format(folder=folder, i=i) for i in range(1, count + 1)}
     return files
 
 
@@ -44,7 +50,7 @@ def keys_of(name, split):
     """The keys of a whole split, where they follow a rule."""
     if name in CLASSES:
         return list(splits.from_folders(name, files_of(name), split)[0])
-    numbers = range(CUTS[name].counts[split])
+    numbers = range(CONSTANTS["counts"][name][split])
     rules = CONSTANTS["numbered"].get(name)
     return [rules[split].format(i) for i in numbers] if rules else numbers
 
@@ -60,25 +66,28 @@ def test_digests_are_those_checked_outside():
     for name, facts in FACTS.items():
         for slice_name, fact in zip(ROLES.values(), facts, strict=True):
             assert fact is None or CONSTANTS["keys"][name][slice_name].startswith(fact)
-    for name in splits.VTAB:  # of four test sets no list was at hand
+    no_list = ("oxford_iiit_pet", "kitti", "diabetic_retinopathy", "dmlab")  # of the test's names
+    for name in [*FACTS, "dmlab"]:
         known = ["train800", "val200", "test"]
-        if name in ("oxford_iiit_pet", "kitti", "diabetic_retinopathy", "dmlab"):
-            known = known[:2]
-        assert list(CONSTANTS["keys"][name]) == known
+        assert list(CONSTANTS["keys"][name]) == (known[:2] if name in no_list else known)
 
 
 RULED = ["cifar", "svhn", "dsprites_loc", "smallnorb_azi", "patch_camelyon", "clevr_count"]
 
 
 @pytest.mark.parametrize("name", [*RULED, *CLASSES])
-def test_slices_of_keys_that_follow_a_rule(name):
+def test_slices_of_keys_that_follow_a_rule_and_their_labels(name):
     orders = {}
     for role, slice_name in ROLES.items():
         split, start, stop = getattr(CUTS[name], role)
         if split not in orders:
             orders[split] = tfds_order(keys_of(name, split), split)
-        digest = splits.prove_keys(name, role, orders[split][start:stop])
-        assert digest == CONSTANTS["keys"][name][slice_name]
+        keys = orders[split][start:stop]
+        assert splits.prove_keys(name, role, keys) == CONSTANTS["keys"][name][slice_name]
+        if name in CLASSES:
+            paths, labels = splits.from_folders(name, files_of(name), split)
+            label_of = dict(zip(paths, labels, strict=True))
+            assert splits.prove_labels(name, role, [label_of[key] for key in keys]) == Proof(True)
 
 
 def test_keys_that_are_not_the_official_ones_are_an_error():
@@ -108,8 +117,8 @@ def test_sun397_by_a_packed_table_of_five_images(monkeypatch):
     assert splits.sun397_split(found, "train") == ([keys[0], keys[3]], [0, 1])
     assert splits.sun397_split(found, "validation") == ([keys[1]], [0])
     assert splits.sun397_split(found, "test") == ([keys[2], keys[4]], [1, 1])
-    for changed, place in ((keys[1:], "/a/abbey"), (keys[2:], "1 classes")):
-        with pytest.raises(DataError, match=place):
+    for changed, count in ((keys[1:], "4 images in 2"), (keys[2:], "3 images in 1")):
+        with pytest.raises(DataError, match=count):
             splits.sun397_split(changed, "train")
 
 
@@ -122,8 +131,5 @@ def test_the_packed_table_of_sun397_has_tfdss_counts():
 def test_the_cuts_of_original_lists_are_pinned():
     cut = CUTS["fashion_mnist"]
     assert cut.train == ("train", 0, 50_000) and cut.val == ("train", 50_000, 60_000)
-    assert CUTS["digits"].val == ("train", 800, 1000) and CUTS["digits"].test == (
-        "train",
-        1000,
-        1797,
-    )
+    cut = CUTS["digits"]
+    assert cut.val == ("train", 800, 1000) and cut.test == ("train", 1000, 1797)
