@@ -202,11 +202,12 @@ def as_photo(image: Image.Image) -> Image.Image:
         raise ValueError(f"a stripe of {image.width} x {image.height} pixels")
     if image.mode in ("I", "F") and not has_16_bits:
         raise ValueError("pixels of 32 bits: save it with 8 or 16")
-    tags = getattr(image, "tag_v2", {})  # of a TIFF, whose 16 bits may hold 12
-    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
-    (white,) = tags.get(MAX_SAMPLE_VALUE, (2**bits - 1,))
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, which says if it uses fewer of its 16 bits
     image = ImageOps.exif_transpose(image)
     if has_16_bits:  # Pillow would cut off at 255
+        bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+        (largest,) = tags.get(MAX_SAMPLE_VALUE, (2**bits - 1,))
+        white = 2 ** max(8, int(largest).bit_length()) - 1
         pixels = np.asarray(image).astype(np.uint32) * 255 // white
         image = Image.fromarray(pixels.clip(max=255).astype(np.uint8))
     return image

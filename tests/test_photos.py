@@ -139,11 +139,34 @@ def test_exif_turns_own_images_alone(tmp_path):
     assert not any(task.upright for task in data.TASKS.values())
 
 
-def test_grey_images_of_16_bits_keep_their_greys(tmp_path):
-    ramp = np.linspace(0, 65535, 28 * 28).astype(np.uint16).reshape(28, 28)
-    Image.fromarray(ramp).save(tmp_path / "x-ray.png")
-    image, _ = data.Images([tmp_path / "x-ray.png"], [0], 28, upright=True)[0]
-    assert np.array_equal(image[0].numpy(), ramp // 257)
+@pytest.mark.parametrize(("name", "largest"), [("x.png", 65535), ("x.tif", 65535), ("x.tif", 4000)])
+def test_grey_images_of_16_bits_or_12_of_them_keep_their_greys(tmp_path, name, largest):
+    white = 4095 if largest == 4000 else 65535
+    ramp = np.linspace(0, largest, 28 * 28).astype(np.uint16).reshape(28, 28)
+    tags = {"tiffinfo": {281: largest}} if white == 4095 else {}
+    Image.fromarray(ramp).save(tmp_path / name, **tags)
+    image, _ = data.Images([tmp_path / name], [0], 28, upright=True)[0]
+    assert np.array_equal(image[0].numpy(), np.floor(ramp * (255 / white) + 1e-9))
+
+
+@pytest.mark.parametrize("ending", ["heic", "avif"])
+def test_photos_of_phones_are_read_where_that_can_be(flat, ending):
+    if f".{ending}" not in data.ENDINGS:
+        pytest.skip("not readable here")
+    save(flat / f"cat/x.{ending}", 3)
+    training, test = load(flat)
+    assert len(training) + len(test) == 21 and len(list(training.batches(50, 0))) == 1
+    assert ("HEIF" if ending == "heic" else "AVIF") in test.description
+
+
+def test_the_package_that_reads_heic_is_named(flat, capsys, monkeypatch):
+    monkeypatch.setattr(data, "ENDINGS", [".png"])
+    load(flat)
+    assert not capsys.readouterr().err
+    (flat / "cat/x.HEIC").touch()
+    load(flat)
+    err = capsys.readouterr().err
+    assert "cat/x.HEIC" in err and "pip install pillow-heif" in err
 
 
 def refused(capsys, folder):
