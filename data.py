@@ -70,7 +70,6 @@ class Images(Dataset):
     official = False  # as far as can be proven the benchmark's own split (of a folder: all of it)
     refused: Sequence[tuple[str, str]] = ()  # path and reason of images that were left out
     left_out = property(lambda self: len(self.refused))
-    are_others = False  # than those that a run was scored on
     folder: str | None = None  # of one's own images
     class_names: Sequence[str] | None = None
     digests: dict[str, str] = {}  # sha256 of the keys, or labels, of each slice

@@ -176,7 +176,6 @@ def scored_images(folder: Path, config: dict, download: bool = False) -> Images:
     if then.exists() and read_json(then).get("digest", "") not in ("", images.digest()):
         note = "these are not the images that the run was scored on; it may have trained on some"
         print(f"note: {note}", file=sys.stderr)
-        images.are_others = True
     return images
 
 
@@ -202,7 +201,6 @@ def images_to_test(place: Path, config: dict) -> Images:
     images = Images(files, labels, args.img_size, augment=args.augment, upright=True)
     images.folder = str(place)
     images.description = f"{len(files)} images of {len(set(labels))} classes in {place}"
-    images.are_others = True
     return images
 
 
@@ -218,10 +216,7 @@ def images_to_predict(places: list[Path], img_size: int, augment: str) -> Images
             known = path.suffix.lower() in data.ENDINGS or path == place
             (files if known else others).append(path)
     if others:
-        names = models.few([path.name for path in others])
-        print(
-            printable(f"note: {len(others)} files are not read as images: {names}"), file=sys.stderr
-        )
+        data.note_passed_over(others, models.few([path.name for path in others]))
     bad = data.unreadable(files)
     files = [path for path in files if path not in bad]
     names = printable(models.few([f"{path.name} ({why})" for path, why in bad.items()]))
@@ -425,7 +420,8 @@ def score_or_predict(args: argparse.Namespace, model: nn.Module, config: dict) -
             print(line.format("reported", top1=top1, loss=loss))
             # another device, or another version of torch, may change the answer to an image or two
             few = max(0.5, 200 / len(labels))
-            repeats = images.are_others or abs(top1 - own["top1"]) <= few
+            are_others = metrics.get("digest", "") not in ("", images.digest())
+            repeats = are_others or abs(top1 - own["top1"]) <= few
         print(line.format("unmerged", **own))
         for words in report(logits, labels, classes):
             print(f"          {words}")
