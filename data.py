@@ -60,11 +60,8 @@ FEW_PIXELS = 5e6  # are decoded before a worker process has started
 
 
 class Images(Dataset):
-    """One selection of a task's images, such as its 1000 training images.
-
-    Item i is (image (3, S, S) uint8, label int) in the test view; in training the view is drawn by
-    the epoch's seed and i alone.
-    """
+    """One selection of a task's images, such as its 1000 training images. Item i is (image (3, S, S)
+    uint8, label int) in the test view; in training the view is drawn by the epoch's seed and i."""
 
     source = description = role = ""  # original, prepared, lists, embedded or folder; train, ...
     official = False  # as far as can be proven the benchmark's own split (of a folder: all of it)
@@ -105,10 +102,8 @@ class Images(Dataset):
         return TF.resize(image, [self.short] if self.short else [self.img_size] * 2, BICUBIC)
 
     def prepare(self, device: torch.device | str = "cpu", workers: int = 4) -> None:
-        """Decode all images once, at S x S onto `device`, or before a crop into the CPU's memory.
-
-        If they would take more than half of the free memory, every epoch reads the files instead.
-        """
+        """Decode all images once, at S x S onto `device`, or before a crop into the CPU's memory. If
+        that takes more than half of the free memory, every epoch reads the files instead."""
         if self.prepared is not None or self.items is not self.files:
             return
         place, area = device, self.img_size**2
@@ -330,9 +325,8 @@ def note_passed_over(files: Sequence[Path], names: str) -> None:
 
 
 def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> Found:
-    """As every reader of tasks.py: the images of the roles, the last of which is to be scored.
-
-    Raises DataError for unreadable images, and for a class or a role without any."""
+    """As every reader of tasks.py: the images of the roles, the last of which is to be scored. Raises
+    DataError for unreadable images, and for a class or a role without any."""
     if source != "auto":
         raise DataError(f"--source {source} is for VTAB-1k, {task.folder} is a folder of images")
     folder, scored = Path(task.folder), roles[-1]

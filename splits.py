@@ -80,11 +80,8 @@ def within(name: str, where: str | Path) -> str:
 
 # --- order and slices -----------------------------------------------------------------------------
 def tfds_order(keys: Iterable, split: str) -> list:
-    """The keys (str or int) in the order in which TFDS stores the split of that name.
-
-    The order is by md5(split + str(key)) in UTF-8, read as a big-endian integer, that is by its
-    16 bytes. The name is TFDS's own: "train", "validation" or "test".
-    """
+    """The keys (str or int) in the order in which TFDS stores the split "train", "validation" or
+    "test": by md5(split + str(key)) in UTF-8, read as a big-endian integer, that is by its bytes."""
 
     def place(key) -> bytes:
         return hashlib.md5(f"{split}{key}".encode(), usedforsecurity=False).digest()
@@ -93,10 +90,8 @@ def tfds_order(keys: Iterable, split: str) -> list:
 
 
 class Cut(NamedTuple):
-    """How a task is cut from its originals: for each part a split of TFDS, start and stop in it.
-
-    `ordered`: the slices are of TFDS's order; otherwise of the order of the original lists.
-    """
+    """How a task is cut from its originals: for each part a split of TFDS, start and stop in it, in
+    TFDS's order or, if not `ordered`, in that of the original lists."""
 
     val: tuple[str, int, int]
     test: tuple[str, int, int]
@@ -174,10 +169,8 @@ FOLDERS = {  # one folder a class: the rule of keys, and the images that are dra
 
 def from_folders(name: str, files: dict[str, set[str]], split: str) -> tuple[dict, list[int]]:
     """{key: path} and labels of a split of a task of FOLDERS, given the files of each directory.
-
     Labels are by the directories' names, upper and lower case alike. TFDS's draw of Caltech101
-    depends on their order: the official one, 3060 and 6084 images, has upper before lower case.
-    """
+    depends on their order: the official one, 3060 and 6084 images, has upper before lower case."""
     rule, count = FOLDERS[name]
     rng = np.random.RandomState(1234)
     classes = sorted(files, key=str.lower)
@@ -195,10 +188,8 @@ def from_folders(name: str, files: dict[str, set[str]], split: str) -> tuple[dic
 
 
 def sun397_split(keys: Iterable[str], split: str) -> tuple[list[str], list[int]]:
-    """The keys `/a/abbey/sun_x.jpg` that TFDS's lists give to a split, and their labels.
-
-    DataError if the classes of all splits have not as many images as the official ones.
-    """
+    """The keys `/a/abbey/sun_x.jpg` that TFDS's lists give to a split, and their labels; DataError
+    if the classes of all splits have not as many images as the official ones."""
     keys = sorted(set(keys) - {SUN397_UNUSED}, key=lambda key: key.rpartition("/"))
     folders = [key.rpartition("/")[0] for key in keys]
     _, labels, counts = np.unique(folders, return_inverse=True, return_counts=True)
@@ -230,11 +221,8 @@ def prove_keys(name: str, role: str, keys: Sequence) -> str:
 
 
 class Proof(NamedTuple):
-    """Whether labels agree with the official ones (None: these are not known), and the number,
-    from 1, of the first that does not."""
-
-    agrees: bool | None
-    line: int | None = None
+    agrees: bool | None  # None: the official labels are not known
+    line: int | None = None  # from 1, of the first label that does not
 
 
 def prove_labels(name: str, role: str, labels: Sequence[int]) -> Proof:

@@ -11,6 +11,7 @@ deeper.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -89,6 +90,7 @@ class Original:
     place: tuple[str, ...]  # what must be in <root>
     get: str  # where from
     fetch: tuple[Callable, ...] = ()  # torchvision's classes, which download
+    needs: str = ""  # a package
     note: str = ""  # what a result should say of them
 
 
@@ -129,11 +131,11 @@ def read_originals(task, root: Path, roles: Iterable[str], source: str, download
 
 
 def whole_split(task, root: Path, split: str, download: bool = True) -> Content:
-    """One split of a task's originals, whole; downloaded first if need be and possible.
-
-    Raises Missing where the originals cannot be had, DataError where they are damaged.
-    """
-    original, name = task.original, task.name
+    """One split of a task's originals, whole; downloaded first if need be and possible. Raises
+    Missing where the originals cannot be had, DataError where they are damaged."""
+    original, name, package = task.original, task.name, task.original.needs
+    if package and importlib.util.find_spec(package) is None:
+        raise Missing(f"{name}: reading the originals needs {package}: pip install {package}")
     depth = 1 if original.fetch else 4
     missing = [place for place in original.place if find(root, place, depth) is None]
     if missing:
@@ -155,9 +157,6 @@ def whole_split(task, root: Path, split: str, download: bool = True) -> Content:
         content = original.read(root, split)
     except DataError:
         raise
-    except ModuleNotFoundError as error:
-        needs = f"reading the originals needs {error.name}: pip install {error.name}"
-        raise Missing(f"{name}: {needs}") from error
     except Exception as error:  # whatever a damaged file makes its reader raise
         raise DataError(f"{where} are damaged ({reason_of(error)}): {again}") from error
     count, distinct = CONSTANTS["counts"][name][split], len(set(content.keys))
@@ -169,8 +168,7 @@ def whole_split(task, root: Path, split: str, download: bool = True) -> Content:
 
 def reason_of(error: Exception) -> str:
     """The first sentence of an error, or its name."""
-    first = str(error).strip().split(". ")[0].splitlines()
-    return first[0] if first else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
 def _fetch(name: str, original: Original, root: Path) -> None:
@@ -224,12 +222,12 @@ def read_prepared(task, folder: Path, roles: Iterable[str]) -> Found:
     for name, in_list in lists.items():
         paths, labels = [], []
         for where, line in lines(folder / name):
-            path, _, label = line.replace("\t", " ").rpartition(" ")
-            if not label.isdecimal() or int(label) >= task.classes:
+            *path, label = line.rsplit(None, 1)
+            if not path or not label.isdecimal() or int(label) >= task.classes:
                 wanted = f"'<image> <label>' with a label in 0..{task.classes - 1}"
                 raise DataError(f"{where}: expected {wanted}, found {line!r}")
             labels.append(int(label))
-            paths.append(folder / within(path.strip(), where))
+            paths.append(folder / within(path[0], where))
         sizes = [task.sizes[ROLE_NUMBER[role]] for role in in_list]
         if in_list == ["test"] and len(paths) == splits.OTHER_DRAWS.get(task.name):
             found.notes.append(f"{len(paths)} test images are another draw than the official one")
@@ -344,23 +342,21 @@ DEMO = {"model": "vit_nano", "epochs": 20, "lr": 8e-3, "drop_path": 0.0, "augmen
 PRETRAINING = DEMO | {"epochs": 12, "lr": 1e-3, "drop_path": 0.1}
 
 
-def _original(name, reader, place, *fetch, note="") -> Original:
+def _original(name, reader, place, *fetch, **others) -> Original:
     """Where the originals of a task are; names in `place` have spaces between."""
-    return Original(reader, tuple(place.split()), CONSTANTS["origins"][name], fetch, note)
+    return Original(reader, tuple(place.split()), CONSTANTS["origins"][name], fetch, **others)
 
 
-def _vtab(group, name, classes, aliases, *original, note="") -> Task:
+def _vtab(group, name, classes, aliases, *original, **others) -> Task:
     """A row of VTAB-1k; names in `aliases` have spaces between."""
     row = name, "vtab-1k", group, classes, CUTS[name].sizes(), CONSTANTS["origins"][name]
     row = *row, tuple(aliases.split()), CONSTANTS["evidence"][name], read_vtab, COMMON
-    return Task(*row, _original(name, *original, note=note), ("original", "prepared"))
+    return Task(*row, _original(name, *original, **others), ("original", "prepared"))
 
 
-def _fgvc(group, name, classes, sizes, origin, aliases="", *original) -> Task:
+def _fgvc(group, name, classes, sizes, origin, aliases="", original=None) -> Task:
     row = name, "fgvc", group, classes, sizes, origin, tuple(aliases.split())
-    if not original:
-        return Task(*row, "counts only", read_fgvc, FGVC, None)
-    return Task(*row, "originals", read_fgvc, FGVC, _original(name, *original))
+    return Task(*row, "originals" if original else "counts only", read_fgvc, FGVC, original)
 
 
 # fmt: off
@@ -377,17 +373,20 @@ TABLE = [
           partial(splits.class_folders, name="caltech101", place="caltech101/101_ObjectCategories"),
           "caltech101/101_ObjectCategories", datasets.Caltech101),
     _vtab("natural", "dtd", 47, "describable_textures", splits.dtd, "dtd/dtd", datasets.DTD),
-    _vtab("natural", "oxford_flowers102", 102, "flowers102 vtab_flowers", *_FLOWERS),
+    _vtab("natural", "oxford_flowers102", 102, "flowers102 vtab_flowers", *_FLOWERS,
+          needs="scipy"),
     _vtab("natural", "oxford_iiit_pet", 37, "pets pet oxford_pet oxford_pets", splits.pets,
           "oxford-iiit-pet/images oxford-iiit-pet/annotations", datasets.OxfordIIITPet),
     _vtab("natural", "svhn", 10, "svhn_cropped", splits.svhn, "train_32x32.mat test_32x32.mat",
-          partial(datasets.SVHN, split="train"), partial(datasets.SVHN, split="test")),
+          partial(datasets.SVHN, split="train"), partial(datasets.SVHN, split="test"),
+          needs="scipy"),
     _vtab("natural", "sun397", 397, "sun sun_397", splits.sun397, "SUN397",
           note="at full size, which TFDS shrinks to 120,000 pixels"),
     _vtab("specialized", "patch_camelyon", 2, "camelyon pcam", splits.pcam,
           f"{_PCAM}train_x.h5 {_PCAM}train_y.h5 {_PCAM}valid_x.h5 {_PCAM}valid_y.h5 "
           f"{_PCAM}test_x.h5 {_PCAM}test_y.h5",
-          *[partial(datasets.PCAM, split=split) for split in ("train", "val", "test")]),
+          *[partial(datasets.PCAM, split=split) for split in ("train", "val", "test")],
+          needs="h5py"),
     _vtab("specialized", "eurosat", 10, "euro_sat",
           partial(splits.class_folders, name="eurosat", place="eurosat/2750"), "eurosat/2750",
           datasets.EuroSAT),
@@ -400,7 +399,7 @@ TABLE = [
     _vtab("structured", "clevr_dist", 6, "clevr_closest clevr_distance",
           partial(splits.clevr, label=splits.clevr_distance), "CLEVR_v1.0"),
     _vtab("structured", "dmlab", 6, "", splits.dmlab,
-          "dmlab-train.tfrecord* dmlab-validation.tfrecord* dmlab-test.tfrecord*"),
+          "dmlab-train.tfrecord* dmlab-validation.tfrecord* dmlab-test.tfrecord*", needs="tfrecord"),
     _vtab("structured", "kitti", 4, "kitti_dist kitti_distance", splits.kitti,
           "training/image_2 training/label_2 mapping/train_rand.txt mapping/train_mapping.txt"),
     _vtab("structured", "dsprites_loc", 16, "dsprites_location dsprites_position",
@@ -414,7 +413,7 @@ TABLE = [
     _fgvc("birds", "cub", 200, (5394, 600, 5794), "CUB-200-2011", "cub200 cub_200_2011"),
     _fgvc("birds", "nabirds", 555, (21536, 2393, 24633), "NABirds"),
     _fgvc("flowers", "oxford_flowers", 102, (1020, 1020, 6149), "Oxford Flowers 102",
-          "fgvc_flowers oxfordflower", *_FLOWERS),
+          "fgvc_flowers oxfordflower", _original("oxford_flowers", *_FLOWERS, needs="scipy")),
     _fgvc("dogs", "stanford_dogs", 120, (10800, 1200, 8580), "Stanford Dogs", "dogs"),
     _fgvc("cars", "stanford_cars", 196, (7329, 815, 8041), "Stanford Cars", "cars"),
     Task("digits", "demo", "demo", 10, CUTS["digits"].sizes(), "embedded UCI handwritten digits",
