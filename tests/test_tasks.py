@@ -58,46 +58,45 @@ def noise(*shape, high=256):
 # {split of TFDS: (keys, images, labels)}.
 
 
-def add(columns, *row):
-    for column, value in zip(columns, row, strict=True):
-        column.append(value)
+def files(folder, keys, labels, names=None):
+    """Writes empty files that are called as their keys, or by other names."""
+    paths = [folder / name for name in names or keys]
+    for path in paths:
+        write(path, "")
+    return keys, paths, labels
 
 
 def write_folders(root, name):
-    place, digits = {"eurosat": ("eurosat/2750", 1), "resisc45": ("NWPU-RESISC45", 3)}[name]
-    train = [], [], []
-    for i in range(1, 31):
-        folder = ["airport", "Beach", "zoo"][i % 3]  # upper and lower case alike
-        file = f"{folder}_{i:0{digits}}.jpg"
-        write(root / place / folder / file, "")
-        add(train, f"{folder}_{file}", root / place / folder / file, i % 3)
-    return {"train": train}
+    place, rule = {
+        "eurosat": ("eurosat/2750", "{0}/{0}_{1}.jpg"),
+        "resisc45": ("NWPU-RESISC45", "{0}/{0}_{1:03}.jpg"),
+    }[name]
+    labels = [i % 3 for i in range(30)]
+    classes = ["airport", "Beach", "zoo"]  # upper and lower case alike
+    names = [rule.format(classes[label], i) for i, label in enumerate(labels, 1)]
+    return {"train": files(root / place, [name.replace("/", "_") for name in names], labels, names)}
 
 
 def write_caltech(root, name):
-    whole = {"train": ([], [], []), "test": ([], [], [])}
+    folder, whole = root / "caltech101/101_ObjectCategories", {"train": [], "test": []}
     np.random.seed(1234)  # TFDS's own calls
     labels = {"BACKGROUND_Google": 1, "Faces": 2, "ant": 0}  # upper and lower case alike
-    for folder, label in labels.items():
-        files = [f"image_{i:04}.jpg" for i in range(1, 41)]
-        listed = [*files, "tmp"] if label == 1 else files  # a stray file of the first archive
-        train = np.random.choice(listed, 30, replace=False)
-        for file in files:
-            path = root / "caltech101/101_ObjectCategories" / folder / file
-            write(path, "")
-            add(whole["train" if file in train else "test"], f"{folder}/{file}", path, label)
-    return whole
+    for name, label in labels.items():
+        listed = [f"image_{i:04}.jpg" for i in range(1, 41)]
+        stray = ["tmp"] if label == 1 else []  # of the first archive
+        train = np.random.choice(listed + stray, 30, replace=False)
+        for file in listed:
+            whole["train" if file in train else "test"].append((f"{name}/{file}", label))
+    return {split: files(folder, *zip(*rows, strict=True)) for split, rows in whole.items()}
 
 
 def write_sun397(root, name):
     write(root / "SUN397" / splits.SUN397_UNUSED[1:], "")
     whole = {}
     for split in SPLITS:
-        keys = [f"/{i % 3}/outdoor/sun_{split}{i}.jpg" for i in range(12)]
-        paths = [root / "SUN397" / key[1:] for key in keys]
-        whole[split] = keys, paths, [i % 3 for i in range(12)]
-        for path in paths:
-            write(path, "")
+        names = [f"{i % 3}/outdoor/sun_{split}{i}.jpg" for i in range(12)]
+        keys = [f"/{name}" for name in names]
+        whole[split] = files(root / "SUN397", keys, [i % 3 for i in range(12)], names)
     return whole
 
 
@@ -111,10 +110,7 @@ def write_dtd(root, name="dtd"):
     whole = {}
     for split, part in SPLITS.items():
         keys = [f"{name}/{part}{i}.jpg" for name in ("banded", "woven") for i in range(6)]
-        paths = [root / "dtd/dtd/images" / key for key in keys]
-        whole[split] = keys, paths, [0] * 6 + [1] * 6
-        for path in paths:
-            write(path, "")
+        whole[split] = files(root / "dtd/dtd/images", keys, [0] * 6 + [1] * 6)
         write(root / f"dtd/dtd/labels/{part}1.txt", "\n".join(keys) + "\n")
     return whole
 
@@ -169,7 +165,7 @@ def write_kitti(root, name):
     np.random.seed(123)  # TFDS's own calls
     test = np.random.choice(sorted(set(videos)), 2, replace=False)
     val = np.random.choice(sorted(set(videos) - set(test)), 2, replace=False)
-    whole = {"train": ([], [], []), "validation": ([], [], []), "test": ([], [], [])}
+    whole = {split: ([], [], []) for split in SPLITS}
     for i, line in enumerate(place):
         text, label = "DontCare -1 -1\n", 3
         if i % 5:
@@ -180,8 +176,9 @@ def write_kitti(root, name):
         write(root / f"kitti/training/label_2/{i:06}.txt", text)
         video = videos[line]
         split = "test" if video in test else "validation" if video in val else "train"
-        key = f"{i:06}.png"
-        add(whole[split], key, root / "kitti/training/image_2" / key, label)
+        path = root / f"kitti/training/image_2/{i:06}.png"
+        for column, value in zip(whole[split], (path.name, path, label), strict=True):
+            column.append(value)
     return whole
 
 
@@ -195,14 +192,13 @@ def write_retinopathy(root, name):
     whole, solution = {}, ["image,level,Usage"]
     usages = {"train": "", "validation": ",Public", "test": ",Private"}
     for number, (split, usage) in enumerate(usages.items()):
-        keys = [f"{number}{i}_left" for i in range(12)]
-        rows = [f"{key},{i % 5}{usage}" for i, key in enumerate(keys)]
-        if usage:
-            solution += rows
-        else:
+        keys, labels = [f"{number}{i}_left" for i in range(12)], [i % 5 for i in range(12)]
+        rows = [f"{key},{label}{usage}" for key, label in zip(keys, labels, strict=True)]
+        solution += rows if usage else []
+        if not usage:
             write(root / "eyes/trainLabels.csv", "\n".join(["image,level", *rows]))
         folder = root / "eyes" / ("test" if usage else "train")
-        whole[split] = keys, [folder / f"{key}.jpeg" for key in keys], [i % 5 for i in range(12)]
+        whole[split] = keys, [folder / f"{key}.jpeg" for key in keys], labels
         for path in whole[split][1]:
             write(path, jpeg(540, 30))
     write(root / "eyes/retinopathy_solution.csv", "\n".join(solution))
@@ -290,23 +286,18 @@ WRITERS = {
     "cifar": write_cifar,
     "caltech101": write_caltech,
     "dtd": write_dtd,
-    "oxford_flowers102": write_flowers,
-    "oxford_flowers": write_flowers,
     "svhn": write_svhn,
     "sun397": write_sun397,
     "patch_camelyon": write_pcam,
-    "eurosat": write_folders,
-    "resisc45": write_folders,
     "diabetic_retinopathy": write_retinopathy,
-    "clevr_count": write_clevr,
-    "clevr_dist": write_clevr,
     "dmlab": write_dmlab,
     "kitti": write_kitti,
-    "dsprites_loc": write_dsprites,
-    "dsprites_ori": write_dsprites,
-    "smallnorb_azi": write_smallnorb,
-    "smallnorb_ele": write_smallnorb,
 }
+WRITERS |= dict.fromkeys(["oxford_flowers102", "oxford_flowers"], write_flowers)
+WRITERS |= dict.fromkeys(["eurosat", "resisc45"], write_folders)
+WRITERS |= dict.fromkeys(["clevr_count", "clevr_dist"], write_clevr)
+WRITERS |= dict.fromkeys(["dsprites_loc", "dsprites_ori"], write_dsprites)
+WRITERS |= dict.fromkeys(["smallnorb_azi", "smallnorb_ele"], write_smallnorb)
 
 
 @pytest.fixture
