@@ -254,7 +254,7 @@ def free_memory(device: torch.device | str = "cpu") -> int:
 # --- folders of one's own images ------------------------------------------------------------------
 #     photos/train/<class>/*  photos/test/<class>/*   # with val/ too: what --val scores
 #     photos/train/<class>/*  photos/val/<class>/*    # val/ is the test then
-#     photos/<class>/*                                # a share of each class is drawn for the test
+#     photos/<class>/*                                # splits.py draws some of a class for the test
 # A class is a folder's name; its images lie at any depth below it. Hidden files are ignored, other
 # files are left alone, and nothing is ever written into the folder.
 
@@ -352,8 +352,8 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
             single += [] if drawn else [task.class_names[label]]
         found.notes.append(f"{role}: {share:g} of each class, split seed {how.seed}")
         if single:
-            what = f"class {few(single)}"
-            print(f"note: a single image, which is trained on: {what}", file=sys.stderr)
+            words = f"note: a single image, which is trained on: class {few(single)}"
+            print(words, file=sys.stderr)
     parts = {role: parts.get(role, {}) for role in roles}
 
     # --- what cannot be read, what is missing, what is there twice ---

@@ -110,7 +110,7 @@ class Cut(NamedTuple):
         return [row_of[key] for key in order[start:stop]]
 
 
-CUTS = {
+CUTS = {  # val and test; train is the first 800 of TFDS's "train" where nothing else is said
     "cifar": Cut(("train", 45000, 45200), ("test", 0, 10000)),
     "caltech101": Cut(("train", 2754, 2954), ("test", 0, 6084)),
     "dtd": Cut(("validation", 0, 200), ("test", 0, 1880)),
@@ -134,29 +134,6 @@ CUTS = {
     "digits": Cut(("train", 800, 1000), ("train", 1000, 1797), ordered=False),
     "fashion_mnist": Cut(("train", 50000, 60000), ("test", 0, 10000), ("train", 0, 50000), False),
 }
-
-
-# --- folders of one's own that do not say how they are split -------------------------------------
-@dataclass(frozen=True)
-class FolderSplit:
-    """The share of each class's images for the test, that of its training images for --val, the
-    seed of both; and whether bad images are left out."""
-
-    test_share: float = 0.2
-    val_share: float = 0.2
-    seed: int = 0
-    skip_bad: bool = False
-
-    def draw(self, folder: Path, files: Sequence[Path], share: float) -> set[Path]:
-        """A share of the files of a class: one or more, but never the last. It is drawn by their
-        names below the folder, so that new images move few others."""
-
-        def place(file: Path) -> bytes:
-            name = nfc(file.relative_to(folder).as_posix())
-            return hashlib.sha256(os.fsencode(f"{self.seed} {name}")).digest()
-
-        count = min(max(1, round(share * len(files))), len(files) - 1)
-        return set(sorted(files, key=place)[:count])
 
 
 # --- splits that TFDS makes -----------------------------------------------------------------------
@@ -202,6 +179,29 @@ def sun397_split(keys: Iterable[str], split: str) -> tuple[list[str], list[int]]
     members = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], 1).ravel()[: len(keys)]
     rows = np.flatnonzero(members == ("train", "validation", "test").index(split))
     return [keys[row] for row in rows], labels[rows].tolist()
+
+
+# --- folders of one's own that do not say how they are split --------------------------------------
+@dataclass(frozen=True)
+class FolderSplit:
+    """The share of each class's images for the test, that of its training images for --val, the
+    seed of both; and whether bad images are left out."""
+
+    test_share: float = 0.2
+    val_share: float = 0.2
+    seed: int = 0
+    skip_bad: bool = False
+
+    def draw(self, folder: Path, files: Sequence[Path], share: float) -> set[Path]:
+        """A share of the files of a class: one or more, but never the last. It is drawn by their
+        names below the folder, so that new images move few others."""
+
+        def place(file: Path) -> bytes:
+            name = nfc(file.relative_to(folder).as_posix())
+            return hashlib.sha256(os.fsencode(f"{self.seed} {name}")).digest()
+
+        count = min(max(1, round(share * len(files))), len(files) - 1)
+        return set(sorted(files, key=place)[:count])
 
 
 # --- proofs ---------------------------------------------------------------------------------------
