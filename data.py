@@ -60,7 +60,7 @@ FEW_PIXELS = 5e6  # are decoded before a worker process has started
 
 
 class Images(Dataset):
-    """One selection of a task's images, such as its 1000 training images. Item i is (image (3, S, S)
+    """A selection of a task's images, such as its 1000 training images. Item i is (image (3, S, S)
     uint8, label int) in the test view; in training the view is drawn by the epoch's seed and i."""
 
     source = description = role = ""  # original, prepared, lists, embedded or folder; train, ...
@@ -102,8 +102,8 @@ class Images(Dataset):
         return TF.resize(image, [self.short] if self.short else [self.img_size] * 2, BICUBIC)
 
     def prepare(self, device: torch.device | str = "cpu", workers: int = 4) -> None:
-        """Decode all images once, at S x S onto `device`, or before a crop into the CPU's memory. If
-        that takes more than half of the free memory, every epoch reads the files instead."""
+        """Decode all images once, at S x S onto `device`, or before a crop into the CPU's memory.
+        If that takes more than half of the free memory, every epoch reads the files instead."""
         if self.prepared is not None or self.items is not self.files:
             return
         place, area = device, self.img_size**2
@@ -189,8 +189,8 @@ class Images(Dataset):
 
 
 def as_photo(image: Image.Image) -> Image.Image:
-    """A photo as its EXIF orientation says, in 8 bits. ValueError for a stripe, which would take much
-    memory before its centre is cut out, and for pixels whose range no file says."""
+    """A photo as its EXIF orientation says, in 8 bits. ValueError for a stripe, which would take
+    much memory before its centre is cut out, and for pixels whose range no file says."""
     has_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
     if max(image.size) > STRIPE * min(image.size):
         raise ValueError(f"a stripe of {image.width} x {image.height} pixels")
@@ -217,7 +217,7 @@ def contents(path: Path) -> bytes:
 
 
 def with_numbers_of(key: str, transform: Callable, image):
-    """transform(image) with the random numbers that belong to the key; torch's own are untouched."""
+    """transform(image) with the random numbers of the key; torch's own are untouched."""
     with torch.random.fork_rng(devices=[]):
         # the CPU's generator alone: torch.manual_seed() would reseed the GPU's too
         torch.default_generator.manual_seed(zlib.crc32(key.encode()))
@@ -325,8 +325,8 @@ def note_passed_over(files: Sequence[Path], names: str) -> None:
 
 
 def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> Found:
-    """As every reader of tasks.py: the images of the roles, the last of which is to be scored. Raises
-    DataError for unreadable images, and for a class or a role without any."""
+    """As every reader of tasks.py: the images of the roles, the last of which is to be scored.
+    Raises DataError for unreadable images, and for a class or a role without any."""
     if source != "auto":
         raise DataError(f"--source {source} is for VTAB-1k, {task.folder} is a folder of images")
     folder, scored = Path(task.folder), roles[-1]
@@ -415,8 +415,8 @@ def unreadable(files: Sequence[Path]) -> dict[Path, str]:
 
 
 def identify(own: dict, dataset: str, out: str | os.PathLike) -> dict:
-    """A run's identity with its folder's name, and a digest of its files' names and contents, so that
-    it may lie anywhere; of a task in the table without the flags that are for folders."""
+    """A run's identity with its folder's name, and a digest of its files' names and contents, so
+    that it may lie anywhere; of a task in the table without the flags that are for folders."""
     if not os.path.isabs(dataset):
         unread = own.keys() & set(FOLDER_FLAGS)
         for name in sorted(unread):

@@ -6,8 +6,8 @@ of that order (Zhai et al. 2019, arXiv 1910.04867). So names are enough to find 
 
     tfds_order(["Forest_Forest_1.jpg", ...], "train")[:800]       # EuroSAT's train800
 
-splits.json has the sha256 of every slice's keys, joined by newlines, and what outside lists confirm;
-splits.npz has what is long: labels, and the split of each image of SUN397.
+splits.json has the sha256 of every slice's keys, joined by newlines, what outside lists confirm,
+and where originals are; splits.npz has labels, and the split of each image of SUN397.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def within(name: str, where: str | Path) -> str:
 # --- order and slices -----------------------------------------------------------------------------
 def tfds_order(keys: Iterable, split: str) -> list:
     """The keys (str or int) in the order in which TFDS stores the split "train", "validation" or
-    "test": by md5(split + str(key)) in UTF-8, read as a big-endian integer, that is by its bytes."""
+    "test": by md5(split + str(key)) in UTF-8, as a big-endian integer, that is by its bytes."""
 
     def place(key) -> bytes:
         return hashlib.md5(f"{split}{key}".encode(), usedforsecurity=False).digest()
