@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -422,28 +422,51 @@ def retinopathy(root: Path, split: str) -> Content:
 
 
 def dmlab(root: Path, split: str) -> Content:
-    from tfrecord.reader import example_loader
-
     folder = find(root, f"dmlab-{split}.tfrecord*").parent
-    files = sorted(folder.glob(f"dmlab-{split}.tfrecord*"))
+    examples = []
+    for path in sorted(folder.glob(f"dmlab-{split}.tfrecord*")):
+        file, start = memoryview(np.memmap(regular(path), mode="r")), 0
+        while start < len(file):  # 8 bytes of length, a crc of 4, the record, a crc of 4
+            stop = start + 16 + int.from_bytes(file[start : start + 8], "little")
+            if stop > len(file):
+                raise ValueError(f"{path.name} ends within a record")
+            examples.append(_example(file[start + 12 : stop - 4]))
+            start = stop
+    keys = [bytes(example["filename"]).decode() for example in examples]
+    labels = np.array([example["label"] for example in examples])
+    return Content(keys, labels, lambda rows: [bytes(examples[row]["image"]) for row in rows])
 
-    def examples(*features: str) -> Iterator[dict]:
-        for file in files:
-            try:
-                yield from example_loader(regular(file), None, list(features))
-            except RuntimeError as error:
-                raise ValueError(f"{file.name}: {error}") from error
 
-    keys, labels = [], []
-    for example in examples("filename", "label"):
-        keys.append(example["filename"].decode())
-        labels.append(int(example["label"][0]))
+def _example(record: memoryview) -> dict:
+    """{feature: its first value} of a serialised tf.train.Example, bytes or integer."""
+    example = {}
+    for _, entry in _fields(dict(_fields(record))[1]):
+        pair = dict(_fields(entry))  # 1: the name, 2: the feature
+        [(kind, values)] = _fields(pair[2])  # 1: a list of bytes, 3: of integers
+        value = dict(_fields(values))[1]
+        if kind == 3 and isinstance(value, memoryview):
+            [value] = value  # packed; a label, below 128, is one byte
+        example[bytes(pair[1]).decode()] = value
+    return example
 
-    def images(rows: list[int]) -> list[bytes]:
-        wanted, found = set(rows), {}
-        for row, example in enumerate(examples("image")):
-            if row in wanted:
-                found[row] = example["image"]
-        return [found[row] for row in rows]
 
-    return Content(keys, np.array(labels), images)
+def _fields(message: memoryview) -> list[tuple]:
+    """(number, value) of the fields of a protocol buffer: integers, and what has a length."""
+    found, place = [], 0
+
+    def integer() -> int:  # seven bits a byte, the lowest first
+        nonlocal place
+        value = shift = 0
+        while message[place] > 127:
+            value |= (message[place] & 127) << shift
+            shift, place = shift + 7, place + 1
+        place += 1
+        return value | message[place - 1] << shift
+
+    while place < len(message):
+        tag, value = integer(), integer()
+        if tag & 7 == 2:
+            start, place = place, place + value
+            value = message[start:place]
+        found.append((tag >> 3, value))
+    return found
