@@ -36,11 +36,11 @@ import data
 import model as models
 import runs
 from data import DataError, Images
-from export import AGREE, check_new, check_place, export, new_file
+from export import AGREE, check_new, check_place, export
 from methods import METHODS, mlae_layers
 from mlae import MLAELinear
 from model import ModelError, merge
-from runs import COUNT, DEVICES, WHOLE, RunError, read_json
+from runs import COUNT, DEVICES, WHOLE, RunError, read_json, write_atomically
 from splits import printable, regular, within
 
 BINS = 15  # of the calibration error
@@ -55,7 +55,7 @@ def read_config(folder: str | Path) -> dict:
     path = Path(folder, "config.json")
     if not path.exists():
         raise RunError(f"{folder} is not a run of train.py: there is no file {path}")
-    config, parser, words = read_json(path), runs.train_parser(), []
+    config, parser = read_json(path), runs.train_parser()
 
     def refuse(message: str) -> None:
         raise ValueError(message)
@@ -64,12 +64,15 @@ def read_config(folder: str | Path) -> dict:
     with runs.reading(path):
         saved = config["arguments"]
         saved["dataset"]  # a default would be another run
+        config["weights"]["tag"]
         row = models.find_method(saved["method"])
         flags = {action.dest: action.option_strings[-1] for action in parser._actions}
-        flagless = {name: saved[name] for name in saved.keys() & row.settings.keys() - flags.keys()}
-        for name in saved.keys() - flagless.keys():
-            value, flag = saved[name], flags.get(name, f"--{name}")
-            if isinstance(value, dict):
+        words, args = [], argparse.Namespace()
+        for name, value in saved.items():
+            flag = flags.get(name, f"--{name}")
+            if name in row.settings and name not in flags:
+                setattr(args, name, value)
+            elif isinstance(value, dict):
                 words += [flag, *(f"{target}={p}" for target, p in value.items())]
             elif isinstance(value, list):
                 words += [flag, *map(str, value)]
@@ -77,17 +80,16 @@ def read_config(folder: str | Path) -> dict:
                 words.append(flag)
             elif value is not None and value is not False:
                 words.append(f"{flag}={value}")
-        args = config["arguments"] = parser.parse_args(words, argparse.Namespace(**flagless))
-        if config["amp"] not in runs.AMP[1:] or not isinstance(config["weights"]["tag"], str):
-            raise ValueError("its amp or weights are unknown here")
-        names, recipe = config.setdefault("class_names", None), data.FOLDER_RECIPE
-        task = data.TASKS.get(args.dataset)
-        if names and not (isinstance(names, list) and all(map(str.isprintable, names))):
-            raise ValueError("its class_names are no list of names")
+        config["arguments"] = parser.parse_args(words, args)
+        if config["amp"] not in runs.AMP[1:]:
+            raise ValueError(f"its amp {config['amp']!r} is unknown here")
+        names, task = config.setdefault("class_names", None), data.TASKS.get(args.dataset)
+        if names and not all(map(str.isprintable, names)):
+            raise ValueError("its class_names cannot be printed")
         if names and task and len(names) != task.classes:
-            raise ValueError(f"class_names: {len(names)} of the {task.classes} classes")
-        # a folder of one's own, which need not be here, has the names of its classes there
-        if not names or args.dataset in data.TASKS:
+            raise ValueError(f"its class_names are {len(names)}, not {task.classes}")
+        recipe = data.FOLDER_RECIPE  # of a folder of one's own, which need not be here
+        if task or not names:
             recipe = data.find_task(args.dataset).recipe
         runs.fill_in(args, recipe, row.settings, {"targets": list(row.targets)})
         args.img_size = args.img_size or models.input_size(args.model)
@@ -117,20 +119,20 @@ def load_run(folder: str | Path, checkpoint: str | None = None) -> tuple[nn.Modu
     classes = task.classes if task else len(config["class_names"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(args.seed)  # --no-pretrained: the same random backbone
-        model = models.create_model(args, classes)
+        try:
+            model = models.create_model(args, classes)
+        except ModelError as error:
+            if args.checkpoint or args.no_pretrained or not hub.HF_HUB_OFFLINE:
+                raise
+            raise ModelError(f"{error}, or fetch them with eval.py --download") from error
     weights = models.weights_of(model, args.checkpoint, not args.no_pretrained)
     key = "sha256" if "sha256" in trained_on else "tag"  # a file may have another name now
     if weights.get(key) != trained_on[key]:
-        differs = f"not on {weights['tag']} ({key} differs)"
+        differs = f"not on {weights['tag']} ({key} differs): --checkpoint says where they are now"
         raise RunError(f"{folder} was trained on {trained_on['tag']}, {differs}")
     if "ranks" in config:  # pruned
-        layers, ranks = layers_with_experts(model), config["ranks"]
-        if not isinstance(ranks, dict) or ranks.keys() != layers.keys():
-            raise RunError("config.json: ranks are not of the layers that the run adapts")
-        for name, rank in ranks.items():
-            if type(rank) is not int or not 0 <= rank <= layers[name].rank:
-                raise RunError(f"config.json: ranks: {name} cannot have {rank}")
-        prune(model, {name: list(range(rank)) for name, rank in ranks.items()})
+        with runs.reading(folder / "config.json", "its ranks are of another model; "):
+            prune(model, {name: list(range(rank)) for name, rank in config["ranks"].items()})
     header = models.load_adapter(model, folder / "adapter.safetensors")
     if header.get("identity", config["identity"]) != config["identity"]:
         raise RunError(f"{folder}/adapter.safetensors is of another run than config.json")
@@ -149,14 +151,16 @@ def offline() -> Iterator[None]:
 
 def scored_images(folder: Path, config: dict, download: bool = False) -> Images:
     """The test images of a run, or val200: of a folder of one's own those that are in the run's list,
-    whatever has come since. Says so if they are others than it was scored on. Raises RunError if
-    an image is gone, or the data have other classes by now."""
+    whatever has come since. Says so if they are others than it was scored on. Raises DataError if
+    images are gone."""
     args, then = config["arguments"], folder / "metrics.json"
     listing, top = folder / ("val.csv" if args.val else "test.csv"), Path(args.dataset)
-    if listing.exists() and top.is_absolute():
-        text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-        with runs.reading(listing), open(regular(listing), **text) as file:
-            rows = list(csv.DictReader(file))
+    if top.is_absolute():
+        if not top.is_dir():
+            raise DataError(f"there is no folder {top}: --data-dir says where it is now")
+        with runs.reading(listing):
+            text = regular(listing).read_text("utf-8", "surrogateescape")
+            rows = list(csv.DictReader(io.StringIO(text)))
             files = [top / within(row["path"], listing) for row in rows]
             labels = [config["class_names"].index(row["label"]) for row in rows]
         gone = [str(path) for path in files if not path.is_file()]
@@ -165,41 +169,32 @@ def scored_images(folder: Path, config: dict, download: bool = False) -> Images:
         images = Images(files, labels, args.img_size, augment=args.augment, upright=True)
         images.folder, images.description = args.dataset, f"{len(files)} images of {listing.name}"
     else:
-        _, images = data.load_data(args, download)
-        now, names = set(images.class_names or ()), set(config["class_names"] or ())
-        if now and now != names:
-            new, missing = models.few(sorted(now - names)), models.few(sorted(names - now))
-            changed = f"new: {new or 'none'}, missing: {missing or 'none'}"
-            raise RunError(
-                f"{args.dataset} has other classes than the run was trained on, {changed}"
-            )
+        try:
+            _, images = data.load_data(args, download)
+        except DataError as error:
+            remedy = "--data-dir says where the data are, eval.py --download fetches them"
+            raise DataError(f"{error}; {remedy}") from error
     if then.exists() and read_json(then).get("digest", "") not in ("", images.digest()):
         note = "these are not the images that the run was scored on; it may have trained on some"
         print(f"note: {note}", file=sys.stderr)
     return images
 
 
-def images_to_test(place: Path, config: dict) -> Images:
+def images_to_test(place: Path, config: dict, names: list[str]) -> Images:
     """All images of a folder with a folder for each class, some or all of the run's by name. Raises
     DataError if there is none, or for a class that the run does not know."""
-    args = config["arguments"]
-    task = data.TASKS.get(args.dataset)
-    names = class_names(config, task.classes if task else 0)
-    folders = data.entries(place, folders=True)
-    known = {path: printable(data.nfc(path.name)) for path in folders}
-    unknown = [name for name in known.values() if name not in names]
-    if unknown:
-        few = models.few(unknown)
-        raise DataError(f"--test {place}: the run does not know the classes {few}")
-    files, labels = [], []
-    for path in folders:
-        own = [file for file in data.files_below(path) if file.suffix.lower() in data.ENDINGS]
+    args, files, labels = config["arguments"], [], []
+    for folder in data.entries(place, folders=True):
+        name = printable(data.nfc(folder.name))
+        if name not in names:
+            raise DataError(f"--test {place}: the run does not know the class {name}")
+        own = [file for file in data.files_below(folder) if file.suffix.lower() in data.ENDINGS]
         files += own
-        labels += [names.index(known[path])] * len(own)
+        labels += [names.index(name)] * len(own)
     if not files:
         raise DataError(f"--test {place}: there is no folder of a class with images in it")
     images = Images(files, labels, args.img_size, augment=args.augment, upright=True)
-    images.folder = str(place)
+    images.folder, images.are_others = str(place), True
     images.description = f"{len(files)} images of {len(set(labels))} classes in {place}"
     return images
 
@@ -215,18 +210,17 @@ def images_to_predict(places: list[Path], img_size: int, augment: str) -> Images
         for path in data.files_below(place) if place.is_dir() else [place]:
             known = path.suffix.lower() in data.ENDINGS or path == place
             (files if known else others).append(path)
-    if others:
-        data.note_passed_over(others, models.few([path.name for path in others]))
     bad = data.unreadable(files)
     files = [path for path in files if path not in bad]
-    names = printable(models.few([f"{path.name} ({why})" for path, why in bad.items()]))
+    reasons = models.few([f"{path.name} ({why})" for path, why in bad.items()])
     if not files:
-        what = f"it cannot read {names}" if bad else " ".join(data.ENDINGS)
-        raise DataError(
-            f"--predict: no readable image in {models.few(list(map(str, places)))} ({what})"
-        )
+        where, what = models.few(list(map(str, places))), reasons or " ".join(data.ENDINGS)
+        raise DataError(f"--predict: no readable image in {where} ({what})")
+    if others:
+        data.note_passed_over(others, models.few([path.name for path in others]))
     if bad:
-        print(f"left out: {len(bad)} files that cannot be read: {names}", file=sys.stderr)
+        words = f"left out: {len(bad)} files that cannot be read: {printable(reasons)}"
+        print(words, file=sys.stderr)
     return Images(files, [-1] * len(files), img_size, augment=augment, upright=True)
 
 
@@ -295,7 +289,8 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float
 
 
 def report(logits: Tensor, labels: Tensor, names: list[str]) -> list[str]:
-    """Lines for people: top-5, mean over classes, calibration, the five most confused pairs."""
+    """Lines for people: top-5, mean over classes, calibration, the three classes of least recall and
+    the five most confused pairs."""
     (top5,) = accuracy(logits, labels, (5,))  # percent
     lines = [
         f"top-5 {top5:.2f} %",
@@ -304,9 +299,9 @@ def report(logits: Tensor, labels: Tensor, names: list[str]) -> list[str]:
     ]
     counts = confusion(logits.argmax(1), labels, len(names))
     images = counts.sum(1)  # of each class
-    recall = (counts.diag() / images).nan_to_num(2)  # 2: a class without images
+    recall = counts.diag() / images  # nan for a class without images: it comes last
     for label in recall.argsort(stable=True)[:3].tolist():
-        if recall[label] <= 1:
+        if images[label]:
             lines.append(f"recall of {names[label]}: {counts[label, label]} of {images[label]}")
     counts.fill_diagonal_(0)
     for cell in counts.flatten().argsort(descending=True, stable=True)[:5].tolist():
@@ -366,15 +361,6 @@ def prune(model: nn.Module, experts: dict[str, list[int]]) -> nn.Module:
     return model
 
 
-def size(model: nn.Module) -> tuple[int, int]:
-    """(experts, parameters of the experts) over all layers of a model, its head not counted."""
-    experts = parameters = 0
-    for layer in layers_with_experts(model).values():
-        experts += layer.rank
-        parameters += layer.lora_A.numel() + layer.lora_B.numel() + layer.lora_lambda.numel()
-    return experts, parameters
-
-
 # --- the command line -----------------------------------------------------------------------------
 def predict_as_scored(args, model: nn.Module, config: dict, images: Images, features=False):
     """`predict` as the run was scored; RunError for values that are not finite."""
@@ -385,83 +371,25 @@ def predict_as_scored(args, model: nn.Module, config: dict, images: Images, feat
     return outputs, labels
 
 
-def score_or_predict(args: argparse.Namespace, model: nn.Module, config: dict) -> bool:
-    """Score a run, unmerged and merged, or say what is on the images of --predict; write
-    --predictions and --features. Whether the merged model agrees, and the score with the run's."""
-    run, place = config["arguments"], args.predict
-
-    # --- images ---
-    if place:
-        images = images_to_predict(place, run.img_size, run.augment)
-        places = [one if one.is_dir() else one.parent for one in place]
-        root = Path(os.path.commonpath([one.absolute() for one in places]))
-    else:
-        if args.test:
-            images = images_to_test(args.test, config)
-        else:
-            images = scored_images(args.run, config, args.download)
-        root = Path(images.folder or run.data_dir)
-        about = f"{config['weights']['tag']}, seed {run.seed}: {images.description}"
-        print(f"{run.method} on {run.dataset}, {about}")
-        counts = models.count_parameters(model)
-        print("parameters: {trainable:,} trained, of them {head:,} in the head".format(**counts))
-
-    # --- scores ---
-    logits, labels = predict_as_scored(args, model, config, images)
-    classes = class_names(config, logits.shape[1])
+def score_run(args, model, config: dict, images: Images, logits: Tensor, labels: Tensor) -> bool:
+    """Print the scores of logits (N, classes), and those of the model merged. Whether the merged
+    model agrees, and the score with the run's."""
+    run, metrics_file, repeats = config["arguments"], args.run / "metrics.json", True
     line = "{}  top-1 {top1:.2f} %   loss {loss:.6f}"
-    repeats = True
-    if not place:
-        own = score(logits, labels)
-        if (args.run / "metrics.json").exists() and not args.test:
-            metrics, split = read_json(args.run / "metrics.json"), "val" if run.val else "test"
-            with runs.reading(args.run / "metrics.json"):
-                top1, loss = float(metrics[f"{split}_top1"]), float(metrics[f"{split}_loss"])
-            print(line.format("reported", top1=top1, loss=loss))
-            # another device, or another version of torch, may change the answer to an image or two
-            few = max(0.5, 200 / len(labels))
-            are_others = metrics.get("digest", "") not in ("", images.digest())
-            repeats = are_others or abs(top1 - own["top1"]) <= few
-        print(line.format("unmerged", **own))
-        for words in report(logits, labels, classes):
-            print(f"          {words}")
-        if not repeats:
-            print("what was reported is not what the run scores now: its files are not one run's")
-
-    # --- each image ---
-    if isinstance(images.files[0], Path):
-        top = f"{root.absolute().as_posix()}/"
-        names = [path.absolute().as_posix().removeprefix(top) for path in images.files]
-        # a table program would take a name that begins so for a formula
-        names = [f"./{name}" if name[0] in "=+-@" else name for name in names]
-    else:
-        names = [str(i) for i in range(len(images))]
-    k = min((args.top_k or 5) if place else 1, len(classes))
-    probabilities, predictions = logits.double().softmax(1).topk(k)  # (N, k)
-    rows = [["image", "rank" if place else "label", "prediction", "probability"]]
-    for i, name in enumerate(names):
-        for rank in range(k):
-            guess, p = classes[predictions[i, rank]], f"{probabilities[i, rank]:.6f}"
-            rows.append([name, rank + 1 if place else classes[labels[i]], guess, p])
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(rows)
-    if args.predictions:
-        with new_file(args.predictions, "--predictions") as draft:  # of any file name
-            draft.write_text(table.getvalue(), "utf-8", "surrogateescape", newline="")
-    elif place and (len(place) > 1 or place[0].is_dir()):
-        print("\n".join(map(printable, table.getvalue().splitlines())))
-    elif place:
-        for _, _, guess, p in rows[1:]:
-            print(f"{float(p):7.2%}  {guess}")
-    if args.features:
-        features, labels = predict_as_scored(args, model, config, images, features=True)
-        arrays = {"features": features.numpy(), "labels": labels.numpy(), "images": np.array(names)}
-        with new_file(args.features, "--features") as draft, open(draft, "wb") as file:
-            np.savez(file, **arrays)  # (N, D) float32, (N,) int64 with -1 for none, (N,) names
-
-    # --- merged ---
-    if place:
-        return True
+    own = score(logits, labels)
+    if metrics_file.exists() and not args.test:
+        metrics, split = read_json(metrics_file), "val" if run.val else "test"
+        with runs.reading(metrics_file):
+            top1, loss = float(metrics[f"{split}_top1"]), float(metrics[f"{split}_loss"])
+        print(line.format("reported", top1=top1, loss=loss))
+        # another device, or another version of torch, may change the answer to an image or two
+        are_others = metrics.get("digest", "") not in ("", images.digest())
+        repeats = are_others or abs(top1 - own["top1"]) <= max(0.5, 200 / len(labels))
+    print(line.format("unmerged", **own))
+    for words in report(logits, labels, class_names(config, model.num_classes)):
+        print(f"          {words}")
+    if not repeats:
+        print("what was reported is not what the run scores now: its files are not one run's")
     if not METHODS[run.method].mergeable:
         print(f"{run.method} cannot be merged: its update depends on the input")
         return repeats
@@ -471,6 +399,65 @@ def score_or_predict(args: argparse.Namespace, model: nn.Module, config: dict) -
     agree = difference <= AGREE * max(1.0, logits.abs().max().item())
     print(f"largest difference of a logit {difference:.1e}: they {'' if agree else 'do not '}agree")
     return agree and repeats
+
+
+def score_or_predict(args: argparse.Namespace, model: nn.Module, config: dict) -> bool:
+    """Score a run, or say what is on the images of --predict; write --predictions and --features.
+    Whether all agrees, see `score_run`."""
+    run, classes, agree = config["arguments"], class_names(config, model.num_classes), True
+    if args.predict:
+        images = images_to_predict(args.predict, run.img_size, run.augment)
+        folders = [path if path.is_dir() else path.parent for path in args.predict]
+        root = os.path.commonpath([path.absolute() for path in folders])
+        logits, labels = predict_as_scored(args, model, config, images)
+    else:
+        if args.test:
+            images = images_to_test(args.test, config, classes)
+        else:
+            images = scored_images(args.run, config, args.download)
+        root = images.folder or run.data_dir
+        about = f"{config['weights']['tag']}, seed {run.seed}: {images.description}"
+        print(f"{run.method} on {run.dataset}, {about}")
+        counts = models.count_parameters(model)
+        print("parameters: {trainable:,} trained, of them {head:,} in the head".format(**counts))
+        logits, labels = predict_as_scored(args, model, config, images)
+        agree = score_run(args, model, config, images, logits, labels)
+
+    # --- each image ---
+    names = [str(i) for i in range(len(images))]
+    if isinstance(images.files[0], Path):
+        top = f"{Path(root).absolute().as_posix()}/"
+        names = [path.absolute().as_posix().removeprefix(top) for path in images.files]
+        # a table program would take a name that begins so for a formula
+        names = [f"./{name}" if name[0] in "=+-@" else name for name in names]
+    columns = ["image", "rank" if args.predict else "label", "prediction", "probability"]
+    if args.top_k and not args.predict:
+        columns.insert(2, "rank")
+    top_k = args.top_k or (5 if args.predict else 1)
+    probabilities, guesses = logits.double().softmax(1).topk(min(top_k, len(classes)))  # (N, k)
+    rows, table = [], io.StringIO()
+    for i, name in enumerate(names):
+        for rank, guess in enumerate(guesses[i].tolist()):
+            row = {"image": name, "label": classes[labels[i]], "rank": rank + 1}
+            row |= {"prediction": classes[guess], "probability": f"{probabilities[i, rank]:.6f}"}
+            rows.append(row)
+    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    if args.predictions:
+        with write_atomically(args.predictions, "--predictions") as draft:  # of any file name
+            draft.write_text(table.getvalue(), "utf-8", "surrogateescape", newline="")
+    elif args.predict and (len(args.predict) > 1 or args.predict[0].is_dir()):
+        print("\n".join(map(printable, table.getvalue().splitlines())))
+    elif args.predict:
+        for row in rows:
+            print(f"{float(row['probability']):7.2%}  {row['prediction']}")
+    if args.features:
+        features, labels = predict_as_scored(args, model, config, images, features=True)
+        arrays = {"features": features.numpy(), "labels": labels.numpy(), "images": np.array(names)}
+        with write_atomically(args.features, "--features") as draft, open(draft, "wb") as file:
+            np.savez(file, **arrays)  # (N, D) float32, (N,) int64 with -1 for none, (N,) names
+    return agree
 
 
 def export_run(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
@@ -491,32 +478,35 @@ def export_run(args: argparse.Namespace, model: nn.Module, config: dict) -> None
 def prune_run(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
     """Print accuracy against the number of experts. Of one K, write the pruned run, which `load_run`
     reads; it has no metrics.json, so that tables of runs leave it out."""
-    amounts, folder = args.prune, None
+    layers, amounts, folder = layers_with_experts(model), args.prune, None
     if len(amounts) == 1:
         folder = args.out or Path(f"{args.run.resolve()}-prune{amounts[0]}")
         check_new(folder, "--out")
-        rank = max(layer.rank for layer in layers_with_experts(model).values())
+        rank = max(layer.rank for layer in layers.values())
         halves = [rank >> i for i in range(rank.bit_length())]  # rank, rank / 2 ... 1, to compare
         amounts = sorted({*amounts, *halves}, reverse=True)
     kept = {amount: kept_experts(model, amount) for amount in amounts}
     images = scored_images(args.run, config, args.download)
     if not config["arguments"].val:
         print("note: this looks at the test images again; choose on a run with --val")
-    _, whole = size(model)
     print("  kept  experts  parameters   share   top-1")
+    width = {name: layer.lora_A.shape[1] + len(layer.lora_B) + 1 for name, layer in layers.items()}
+    whole = sum(layer.rank * width[name] for name, layer in layers.items())  # parameters
     for amount, numbers in kept.items():
         smaller = prune(copy.deepcopy(model), numbers)
-        count, parameters = size(smaller)
+        count = sum(map(len, numbers.values()))
+        parameters = sum(len(own) * width[name] for name, own in numbers.items())
         top1 = score(*predict_as_scored(args, smaller, config, images))["top1"]
         print(f"{amount:>6}  {count:7}  {parameters:10,}  {parameters / whole:6.1%}  {top1:6.2f}")
     if folder:
-        smaller = prune(copy.deepcopy(model), kept[args.prune[0]])
-        ranks = {name: layer.rank for name, layer in layers_with_experts(smaller).items()}
-        config |= {"arguments": vars(config["arguments"]), "ranks": ranks}
+        numbers = kept[args.prune[0]]
+        config |= {"arguments": vars(config["arguments"])}
+        config["ranks"] = {name: len(own) for name, own in numbers.items()}
         config["identity"] |= {"pruned": args.prune[0]}
-        with new_file(folder, "--out") as draft:
+        with write_atomically(folder) as draft:
             draft.mkdir()
-            models.save_adapter(smaller, draft / "adapter.safetensors", config)
+            adapter = draft / "adapter.safetensors"
+            models.save_adapter(prune(copy.deepcopy(model), numbers), adapter, config)
             runs.write_json(draft / "config.json", config)
             for listing in ("test.csv", "val.csv"):  # what a run on one's own folder is scored on
                 if (args.run / listing).exists():
@@ -536,16 +526,14 @@ def experts(text: str) -> int | float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = runs.new_parser("eval.py", __doc__)
-    flag = parser.add_argument
+    flag, one = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     flag("run", type=Path, help="a run's folder")
     flag("--data-dir", help="where the data are now (default: where they were in training)")
     flag("--checkpoint", help="where the backbone's file is now (default: where it was)")
     flag("--download", action="store_true", help="fetch data and weights that are not here")
     flag("--device", choices=DEVICES, default="auto", help="default: auto, the fastest here")
     flag("--workers", type=WHOLE, default=4, help="image-decoding processes (0: the main process)")
-    one = parser.add_mutually_exclusive_group().add_argument
-    words = "score a folder of your own with a folder for each class, all of it"
-    one("--test", type=Path, metavar="FOLDER", help=words)
+    one("--test", type=Path, metavar="FOLDER", help="score it all: a folder for each class")
     words = "classes of images of your own"
     one("--predict", nargs="+", type=Path, metavar="IMAGE|FOLDER", help=words)
     words = "write the model for other programs: timm, onnx, torch or peft"
@@ -554,35 +542,30 @@ def main(argv: list[str] | None = None) -> None:
     one("--prune", nargs="+", type=experts, metavar="K", help=words)
     flag("--predictions", type=Path, metavar="FILE.csv", help="class and probability per image")
     flag("--features", type=Path, metavar="FILE.npz", help="what the head is given, per image")
-    flag("--top-k", type=COUNT, metavar="N", help="classes per image of --predict (default: 5)")
+    words = "classes per image, at most all (default: of --predict 5, of --predictions 1)"
+    flag("--top-k", type=COUNT, metavar="N", help=words)
     flag("--out", type=Path, metavar="FOLDER", help="of --prune (default: RUN-pruneK)")
     args = parser.parse_args(argv)
-    if args.top_k and not args.predict:
-        parser.error("--top-k goes with --predict")
+    if args.top_k and not args.predict and not args.predictions:
+        parser.error("--top-k goes with --predict or --predictions")
     if args.out and len(args.prune or []) != 1:
         parser.error("--out goes with --prune and one K")
     if (args.export or args.prune) and (args.predictions or args.features):
         parser.error("--predictions and --features go with scoring or --predict, not with these")
-    agree = True
     with runs.one_line("eval.py"):
         if args.predictions:
             check_new(args.predictions, "--predictions", ".csv")
         if args.features:
             check_new(args.features, "--features", ".npz")
-        device = runs.pick_device("cpu" if args.export else args.device)
         if args.export:
             check_place(args.export[0], Path(args.export[1]))
         with nullcontext() if args.download else offline():
             model, config = load_run(args.run, args.checkpoint)
             point_to(config, args.data_dir)
-            model.to(device)
-            if args.export:
-                export_run(args, model, config)
-            elif args.prune:
-                prune_run(args, model, config)
-            else:
-                agree = score_or_predict(args, model, config)
-    sys.exit(0 if agree else 1)
+            model.to(runs.pick_device("cpu" if args.export else args.device))
+            act = export_run if args.export else prune_run if args.prune else score_or_predict
+            agree = act(args, model, config)
+    sys.exit(1 if agree is False else 0)
 
 
 if __name__ == "__main__":

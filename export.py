@@ -3,9 +3,8 @@
     export_peft(model, "adapter")                          # for peft.PeftModel.from_pretrained
     export("onnx", Path("model.onnx"), model, config, x)   # written, loaded back and compared
 
-`FORMATS` has a row for each: what it needs, how it is written and loaded back. An export is there
-when its logits are the run's, or not at all. Beside it a JSON file says how to prepare images and
-which line of Python loads it.
+An export is there when its logits are the run's, or not at all. Beside it a JSON file says how to
+prepare images and which line of Python loads it.
 """
 
 from __future__ import annotations
@@ -16,13 +15,11 @@ import io
 import json
 import logging
 import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -33,7 +30,7 @@ from data import Images, create_normalizer, mean_and_std
 from methods import METHODS, adapters
 from mlae import MLAELinear
 from model import NANO, ModelError, architecture, create_backbone, few, first_line, heads, merge
-from runs import RunError, write_json
+from runs import RunError, write_atomically, write_json
 
 AGREE = 1e-4  # largest difference of a logit, over the largest logit if that is above 1
 
@@ -47,20 +44,6 @@ def check_new(path: Path, flag: str, ending: str = "") -> None:
         raise RunError(f"{flag} {path}: it exists already; remove it or take another name")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise RunError(f"{flag} {path}: cannot write to {path.parent}")
-
-
-@contextmanager
-def new_file(path: Path, flag: str) -> Iterator[Path]:
-    """A draft, in a folder of its own, of a file or folder that is not there yet. It goes to its
-    place when it is written, or vanishes if it cannot be: RunError then."""
-    check_new(path, flag)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".draft-") as folder:
-            draft = Path(folder, path.name)
-            yield draft
-            os.rename(draft, path)
-    except OSError as error:
-        raise RunError(f"{flag} {path}: cannot write it: {error.strerror or error}") from error
 
 
 class FromPixels(nn.Module):
@@ -77,90 +60,66 @@ class FromPixels(nn.Module):
 
 
 # to_*(model, path, images (B, 3, S, S) uint8, run) writes a file or folder and loads it back from
-# there alone: it returns what turns images into logits, normalised ones if the format has `floats`.
+# there alone: it returns what turns images into logits, normalised ones if the format has `floats`,
+# and the Python that loads it from <path>.
 
 
-def to_timm(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> Callable:
+def to_timm(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> tuple:
     state = {key: value.contiguous() for key, value in merge(model).state_dict().items()}
     path.write_bytes(save(state, {"format": "pt"}))
-    name, keywords = timm_call(run.model, model.num_classes, run.img_size)
-    keywords = keywords | {"pretrained_cfg_overlay": timm_view(model, run)}
-    return timm.create_model(name, checkpoint_path=str(path), **keywords).eval()
-
-
-def timm_view(model: nn.Module, run: argparse.Namespace) -> dict:
-    """What timm's `resolve_model_data_config` should say of a run's images."""
     mean, std = mean_and_std(run, model)
     crop = {"crop_pct": 0.875, "crop_mode": "center"}
     if run.augment != "crop":
         crop = {"crop_pct": 1.0, "crop_mode": "squash"}
     view = {"input_size": (3, run.img_size, run.img_size), "interpolation": "bicubic"}
-    return view | {"mean": tuple(mean), "std": tuple(std)} | crop
+    view |= {"mean": tuple(mean), "std": tuple(std)} | crop  # what resolve_model_data_config says
+    name, keywords = timm_call(run.model, model.num_classes, run.img_size)
+    keywords |= {"pretrained_cfg_overlay": view}
+    again = timm.create_model(name, checkpoint_path=str(path), **keywords).eval()
+    words = f"{name!r}, checkpoint_path=<path>, {as_words(keywords)}"
+    return again, f"model = timm.create_model({words}).eval()"
 
 
-def to_onnx(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> Callable:
+def to_onnx(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> tuple:
     import onnx
     import onnxruntime
 
-    torch.onnx.export(
-        FromPixels(model, *mean_and_std(run, model)),
-        (x,),
-        path,
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        external_data=False,
-        verbose=False,
-    )
+    program = FromPixels(model, *mean_and_std(run, model))
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    names["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(program, (x,), path, dynamo=True, external_data=False, verbose=False, **names)
     onnx.checker.check_model(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+    def again(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+    return again, "session = onnxruntime.InferenceSession(<path>)"
 
 
-def to_torch(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> Callable:
+def to_torch(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> tuple:
     batch, program = torch.export.Dim("batch"), FromPixels(model, *mean_and_std(run, model))
-    program = torch.export.export(program, (x,), dynamic_shapes=({0: batch},))
-    torch.export.save(program, path)
-    return torch.export.load(path).module()
+    torch.export.save(torch.export.export(program, (x,), dynamic_shapes=({0: batch},)), path)
+    return torch.export.load(path).module(), "model = torch.export.load(<path>).module()"
 
 
-def to_peft(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> Callable:
+def to_peft(model: nn.Module, path: Path, x: Tensor, run: argparse.Namespace) -> tuple:
     import peft
 
     export_peft(model, path)
-    weights = {"pretrained": not run.no_pretrained, "checkpoint": run.checkpoint}
-    base = create_backbone(run.model, model.num_classes, img_size=run.img_size, **weights)
-    return peft.PeftModel.from_pretrained(base, str(path)).eval()
+    classes = model.num_classes
+    own = {"pretrained": not run.no_pretrained, "checkpoint": run.checkpoint}
+    own |= {"img_size": run.img_size}
+    again = peft.PeftModel.from_pretrained(create_backbone(run.model, classes, **own), str(path))
+    name, keywords = timm_call(run.model, classes, run.img_size)
+    base = f"timm.create_model({name!r}, pretrained=True, {as_words(keywords)})"
+    if run.no_pretrained or run.checkpoint or name != run.model:
+        words = f"{run.model!r}, {classes}, {as_words(own)}"
+        base = f"model.create_backbone({words})  # of this repository"
+    python = f"base = {base}\nmodel = peft.PeftModel.from_pretrained(base, <path>).eval()"
+    return again.eval(), python
 
 
-@dataclass(frozen=True)
-class Format:
-    """A row of FORMATS: the ending of the file's name ("" for a folder), the packages that it needs
-    beside timm and torch, what writes it and loads it back, the Python that loads it, and whether
-    it takes normalised images, not uint8."""
-
-    ending: str
-    packages: tuple[str, ...]
-    write: Callable[[nn.Module, Path, Tensor, argparse.Namespace], Callable]
-    python: str
-    floats: bool
-
-
-ONNX = ("onnx", "onnxscript", "onnxruntime")
-TIMM = "model = timm.create_model({name!r}, checkpoint_path={path!r}, {keywords}).eval()"
-PEFT = "{base}\nmodel = peft.PeftModel.from_pretrained(base, {path!r}).eval()"
-FORMATS = {
-    "timm": Format(".safetensors", (), to_timm, TIMM, True),
-    "onnx": Format(
-        ".onnx", ONNX, to_onnx, "session = onnxruntime.InferenceSession({path!r})", False
-    ),
-    "torch": Format(".pt2", (), to_torch, "model = torch.export.load({path!r}).module()", False),
-    "peft": Format("", ("peft",), to_peft, PEFT, True),
-}
-
-
-@cache  # it may have to make a model
 def timm_call(name: str, classes: int, img_size: int) -> tuple[str, dict]:
     """Name and keywords with which `timm.create_model` makes the plain model of a run."""
     keywords = {"num_classes": classes, "img_size": img_size}
@@ -173,19 +132,26 @@ def timm_call(name: str, classes: int, img_size: int) -> tuple[str, dict]:
     return name, keywords
 
 
-def loading_lines(kind: str, path: str, model: nn.Module, run: argparse.Namespace) -> str:
-    """The Python that loads an export."""
-    classes = model.num_classes
-    name, keywords = timm_call(run.model, classes, run.img_size)
-    if kind == "timm":
-        keywords = keywords | {"pretrained_cfg_overlay": timm_view(model, run)}
-    words = ", ".join(f"{key}={value!r}" for key, value in keywords.items())
-    base = f"base = timm.create_model({name!r}, pretrained=True, {words})"
-    if run.no_pretrained or run.checkpoint or name != run.model:
-        base = f"base = model.create_backbone({run.model!r}, {classes}, "
-        base += f"pretrained={not run.no_pretrained}, checkpoint={run.checkpoint!r}, "
-        base += f"img_size={run.img_size})  # of this repository"
-    return FORMATS[kind].python.format(name=name, keywords=words, path=path, base=base)
+def as_words(keywords: dict) -> str:
+    """Keywords as a call in Python has them."""
+    return ", ".join(f"{key}={value!r}" for key, value in keywords.items())
+
+
+class Format(NamedTuple):
+    """A row of FORMATS."""
+
+    write: Callable  # one of the functions above
+    ending: str  # of the file's name; "" for a folder
+    floats: bool  # whether it takes normalised images, not uint8
+    packages: tuple[str, ...] = ()  # that it needs beside timm and torch
+
+
+FORMATS = {
+    "timm": Format(to_timm, ".safetensors", True),
+    "onnx": Format(to_onnx, ".onnx", False, ("onnx", "onnxscript", "onnxruntime")),
+    "torch": Format(to_torch, ".pt2", False),
+    "peft": Format(to_peft, "", True, ("peft",)),
+}
 
 
 def check_place(kind: str, path: Path) -> None:
@@ -219,20 +185,13 @@ def export(
     with torch.no_grad():
         logits = model(normalised)  # (B, classes)
     x = normalised if row.floats else images
-    about = preparation(model, config) | {"class_names": config["class_names"]}
-    about["input"] = {"name": "images", "shape": ["N", 3, run.img_size, run.img_size]}
-    about["input"] |= {"dtype": "float32" if row.floats else "uint8", "channels": "RGB"}
-    about["output"] = {"name": "logits", "shape": ["N", model.num_classes], "dtype": "float32"}
-    about["normalise"] = "(pixels / 255 - mean) / std" if row.floats else "inside the program"
-    about["weights"] = config["weights"]
-    about["python"] = loading_lines(kind, path.name, model, run).splitlines()
-    with new_file(path, flag) as draft:
+    with write_atomically(path, flag) as draft:
         before = logging.root.manager.disable
         logging.disable(logging.WARNING)  # exporters say much; the comparison decides
         try:
             with redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                again = row.write(model, draft, images, run)
+                again, python = row.write(model, draft, images, run)
         except (ModelError, OSError):
             raise
         except Exception as error:  # whatever an exporter cannot do, in its words
@@ -244,16 +203,19 @@ def export(
         difference = apart.abs().max().item()
         if not difference <= AGREE * max(1.0, logits.abs().max().item()):
             raise RunError(f"{flag}: loaded back, its logits differ by {difference:.1e}: not kept")
+        about = preparation(model, config, row.floats)
+        about["python"] = python.replace("<path>", repr(path.name)).splitlines()
         beside = path.with_name(f"{path.name}.json")
         write_json(beside if row.ending else draft / "preprocessing.json", about)
-    return difference, loading_lines(kind, str(path), model, run)
+    return difference, python.replace("<path>", repr(str(path)))
 
 
-def preparation(model: nn.Module, config: dict) -> dict:
+def preparation(model: nn.Module, config: dict, floats: bool) -> dict:
     """How a file becomes an input, as JSON values, in this order; docs/export.md has it in Python."""
     run = config["arguments"]
     side, (mean, std) = [run.img_size, run.img_size], mean_and_std(run, model)
     short = Images([], [], run.img_size, augment=run.augment).short
+    dtype = "float32" if floats else "uint8"
     return {
         "library": "Pillow",
         "exif_orientation": config["source"] == "folder",  # whether photos are turned upright
@@ -267,6 +229,11 @@ def preparation(model: nn.Module, config: dict) -> dict:
         "crop_from": "round((width - crop) / 2), round((height - crop) / 2)" if short else None,
         "mean": list(mean),
         "std": list(std),
+        "class_names": config["class_names"],
+        "input": {"name": "images", "shape": ["N", 3, *side], "dtype": dtype, "channels": "RGB"},
+        "output": {"name": "logits", "shape": ["N", model.num_classes], "dtype": "float32"},
+        "normalise": "(pixels / 255 - mean) / std" if floats else "inside the program",
+        "weights": config["weights"],
     }
 
 

@@ -75,8 +75,9 @@ class OtherImages(RunError):
 
 def out_of_memory(error: Exception) -> bool:
     """Whether that is what an error says: torch has a class for it on CUDA alone."""
-    told = isinstance(error, RuntimeError) and any(word in str(error) for word in NO_MEMORY)
-    return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in NO_MEMORY):
+        return True
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 @contextmanager
@@ -85,8 +86,8 @@ def one_line(script: str) -> Iterator[None]:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no text
     # SIGTERM: a queue's time is over. Ranks but the first have nothing to tidy up.
-    handler = signal.SIG_DFL if launched()[0] else signal.default_int_handler
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL if launched()[0] else signal.default_int_handler)
     try:
         yield
         if sys.stdout:  # it may have been closed
@@ -107,9 +108,6 @@ def one_line(script: str) -> Iterator[None]:
         hint = f": the same command{GOES_ON[script]} goes on" if script in GOES_ON else ""
         print(f"interrupted{hint}", file=sys.stderr)
         sys.exit(130)
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
     if launched()[0]:
         time.sleep(10)  # all ranks meet the same error: torchrun ends them after the first one's
     new_parser(script).error(message)
@@ -119,8 +117,8 @@ def one_line(script: str) -> Iterator[None]:
 def new_parser(prog: str, manual: str | None = None) -> argparse.ArgumentParser:
     """A parser whose errors are one line, with the manual at the top of its --help."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else a line for every retry
-    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(prog, f"{prog} [flags]", manual, **options)
+    parser = argparse.ArgumentParser(prog, f"{prog} [flags]", manual, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
     def refuse(message: str) -> None:
         if launched()[0] == 0:
@@ -181,8 +179,11 @@ class OneSetting(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         setting, *others = values
         for value in others:
-            both = isinstance(setting, dict) and isinstance(value, dict)
-            if not both or setting.keys() & value.keys():
+            if (
+                not isinstance(setting, dict)
+                or not isinstance(value, dict)
+                or setting.keys() & value
+            ):
                 message = f"{ONE_SETTING}; suite.py takes several settings"
                 raise argparse.ArgumentError(self, message)
             setting = dict(sorted((setting | value).items()))
@@ -224,8 +225,8 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--img-size", "side in pixels (default: the model's own)", type=SIDE)
     norms = {"choices": ["imagenet", "none", "model"], "default": "imagenet"}
     flag("--normalize", "mean and std of the inputs; most published numbers: imagenet", **norms)
-    words = "auto: FGVC and own images crop, others none"
-    flag("--augment", words, choices=[*data.AUGMENT, "auto"], default="auto")
+    crops = {"choices": [*data.AUGMENT, "auto"], "default": "auto"}
+    flag("--augment", "auto: FGVC and own images crop, others none", **crops)
     flag = titled("your own images")
     flag("--test-share", "of each class, without test/ and val/", type=SHARE, default=0.2)
     flag("--val-share", "of each class's training images, for --val", type=SHARE, default=0.2)
@@ -236,8 +237,8 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--checkpoint", "local .safetensors, .pth or .npz", type=os.path.abspath)
     flag("--no-pretrained", "start from random weights", **on)
     flag = titled("method")
-    rows = [f"{name}: {row.trains}" for name, row in METHODS.items()]
-    flag("--method", "; ".join(rows), default=MAIN)
+    words = "; ".join(f"{name}: {row.trains}" for name, row in METHODS.items())
+    flag("--method", words, default=MAIN)
     words = "layers to adapt, by the end of their names (default: attn.qkv, the paper's)"
     flag("--targets", words, nargs="+", metavar="PATH")
     flag("--rank", "experts per layer", type=COUNT)
@@ -256,8 +257,9 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--lora-dropout", "lora: of the adapter's input, as in PEFT", type=FRACTION)
     flag("--penalty-weight", "rmlora: of the orthogonality penalty", type=SIZE)
     flag("--active-ranks", "rmlora: ranks of a layer that learn at a step", type=COUNT)
-    words = "rmlora: the same ranks of A and B learn (1), or they are drawn apart (2)"
-    flag("--variant", words, type=int, choices=[1, 2])
+    flag(
+        "--variant", "rmlora: A and B learn the same ranks (1) or not (2)", type=int, choices=[1, 2]
+    )
     flag("--num-experts", "mor: experts that share one LoRA", type=COUNT)
     flag("--sparsity", "snell, snella: share of an update dropped in the end", type=FRACTION)
     flag("--start-sparsity", "snella: share dropped at the start", type=FRACTION)
@@ -275,11 +277,10 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag("--val", "to choose settings: train on 800, score val200", **on)
     flag("--amp", "mixed precision; auto: bf16 on CUDA", choices=AMP, default="auto")
     flag("--compile", "torch.compile (takes longer than the demo)", **on)
-    words = "auto: on CUDA forward and backward are one CUDA graph, which saves launches"
-    flag("--graph", words, choices=["auto", "off"], default="auto")
+    flag("--graph", "auto: a step is one CUDA graph", choices=["auto", "off"], default="auto")
     flag("--grad-checkpoint", "recompute blocks: less memory, more time", **on)
-    words = "split each batch into N parts (less memory); each draws its own mask"
-    flag("--accumulate", words, type=COUNT, default=1, metavar="N")
+    split = {"type": COUNT, "default": 1, "metavar": "N"}
+    flag("--accumulate", "split each batch into N parts; each draws its own mask", **split)
     flag("--device", "auto: the fastest here", choices=DEVICES, default="auto")
     flag("--workers", "image-decoding processes (0: the main process)", type=WHOLE, default=4)
     flag("--out", "where run folders go", type=os.path.normpath, default="runs")
@@ -404,13 +405,11 @@ def provenance(device: torch.device) -> dict:
     commit (None outside a clone) and digest of the code."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"torchvision": torchvision.__version__, "timm": timm.__version__}
-    command = ["git", "-C", str(FOLDER), "rev-parse", "HEAD"]
-    try:
+    versions = {"python": platform.python_version()}
+    versions |= {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
+    command, commit = ["git", "-C", str(FOLDER), "rev-parse", "HEAD"], None
+    with suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     machine = {"device": name, "processes": world_size(), "versions": versions}
     return machine | {"git": commit, "code": code_digest()}
 
@@ -447,22 +446,23 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 @contextmanager
-def write_atomically(path: Path) -> Iterator[Path]:
-    """A draft to write to. It takes the place of `path` when it is written and on the disk, or goes
-    if it cannot be: RunError then, and what was there before is still there."""
+def write_atomically(path: Path, flag: str = "--out") -> Iterator[Path]:
+    """A draft of a file or folder. It takes the place of `path` when it is written and on the disk,
+    or goes if it cannot be: RunError then, and what was there before is still there."""
     try:
         # in a folder of its own, under no name that a stranger's run could have linked elsewhere
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".draft-") as folder:
             draft = Path(folder, path.name)
             yield draft
-            with open(draft, "rb+") as file:
-                os.fsync(file.fileno())
+            if draft.is_file():
+                with open(draft, "rb+") as file:
+                    os.fsync(file.fileno())
             os.replace(draft, path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # as of torch.save
         if not isinstance(cause, OSError):
             raise
-        raise RunError(f"--out: cannot write {path}: {cause.strerror or cause}") from error
+        raise RunError(f"{flag}: cannot write {path}: {cause.strerror or cause}") from error
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -541,11 +541,11 @@ def joined(device: str, batch_size: int) -> Iterator[None]:
         return
     if batch_size % count:
         raise RunError(f"--batch-size {batch_size} is not a multiple of the {count} processes")
-    backend = "gloo"
-    if torch.cuda.is_available() and device in ("auto", "cuda"):
+    cuda = torch.cuda.is_available() and device in ("auto", "cuda")
+    if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # from here on "cuda" is it
-        backend = "nccl" if dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may score for long
+    # the first may score for long
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     with open(os.devnull, "w") as nowhere:
         out, err = (nowhere, nowhere) if number else (sys.stdout, sys.stderr)
         with redirect_stdout(out), redirect_stderr(err):
@@ -571,9 +571,8 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 def rank_batches(images, order: Tensor, batch_size: int, workers: int, seed: str) -> Iterator:
     """The batches of `images.epoch`, or this rank's part of each, x (B / ranks, 3, S, S) and labels
-    (B / ranks,), and how many images all ranks have in this batch. The parts of all ranks are of
-    one size, so that they draw equally often. What the last batch lacks for that is filled up with
-    an image whose label is PADDING."""
+    (B / ranks,), and how many images all ranks have. So that ranks draw equally often, an image
+    with the label PADDING fills up what a last part lacks."""
     rank, ranks, left = process_rank(), world_size(), len(order)
     filled = torch.cat([order, order[:1].expand(-len(order) % ranks)])  # (N + lacking,)
     for x, y in images.epoch(filled[rank::ranks], batch_size // ranks, workers, seed):

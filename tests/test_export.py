@@ -100,7 +100,7 @@ def test_the_printed_line_of_timm_loads_the_file(finished, capsys, tmp_path):
 
 
 def test_onnx_takes_any_batch(finished, capsys, tmp_path):
-    for package in export.ONNX:
+    for package in export.FORMATS["onnx"].packages:
         pytest.importorskip(package)
     import onnxruntime
 
