@@ -161,13 +161,11 @@ def by_target(text: str) -> float | dict[str, float]:
     """A flag's type: a probability, or target=probability, several of these joined by commas."""
     if not set("=,") & set(text):
         return FRACTION(text)
-    pairs = {}
-    for word in text.split(","):
-        target, _, p = word.partition("=")
-        if not re.fullmatch(r"\w+(\.\w+)*=.+", word) or target in pairs:
-            raise argparse.ArgumentTypeError(f"{ONE_SETTING}, not {text}")
-        pairs[target] = FRACTION(p)
-    return dict(sorted(pairs.items()))
+    pairs = sorted(word.partition("=") for word in text.split(","))
+    setting = {target: FRACTION(p) for target, _, p in pairs}
+    if len(setting) < len(pairs) or not all(re.fullmatch(r"\w+(\.\w+)*", one) for one in setting):
+        raise argparse.ArgumentTypeError(f"{ONE_SETTING}, not {text}")
+    return setting
 
 
 by_target.__name__ = "float"  # for argparse's "invalid float value"
@@ -198,8 +196,8 @@ def shown(value: object) -> str:
 
 
 def add_flags(group: Callable[[str], Callable]) -> None:
-    """Every flag of a run; group(title) returns what adds a flag under that title. The flags of a
-    method and of a task are None here: `settle` fills in what their rows say."""
+    """Every flag of a run; group(title) returns what adds a flag under that title. What the rows of
+    a method and a task say is None here, for `settle` to fill in."""
 
     def titled(title: str) -> Callable:
         add = group(title)
@@ -239,14 +237,12 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     flag = titled("method")
     words = "; ".join(f"{name}: {row.trains}" for name, row in METHODS.items())
     flag("--method", words, default=MAIN)
-    words = "layers to adapt, by the end of their names (default: attn.qkv, the paper's)"
-    flag("--targets", words, nargs="+", metavar="PATH")
+    flag("--targets", "ends of the layers' names (default: attn.qkv)", nargs="+", metavar="PATH")
     flag("--rank", "experts per layer", type=COUNT)
     flag("--budget", "take the rank that trains about N, as in 0.3M", type=amount, metavar="N")
     flag("--coef-init", "first lambda; lora and rmlora: alpha / rank", type=POSITIVE)
     flag = titled("masking")
-    words = "masking probability p, or one for each target, as in attn.qkv=0.5 mlp.fc1=0.3; "
-    words += "in suite.py commas join what is one setting"
+    words = "masking probability p, or one for each target, as in attn.qkv=0.5 mlp.fc1=0.3"
     flag("--mask-prob", words, nargs="+", type=by_target, action=OneSetting, metavar="P")
     flag("--masking", "a new mask each step, one for good, or both", choices=list(MASKINGS))
     flag("--mask-pattern", "p over depth", dest="pattern", choices=list(PATTERNS))
@@ -401,10 +397,10 @@ def code_digest() -> str:
 
 
 def provenance(device: torch.device) -> dict:
-    """The machine and the code of a run: device, number of processes that share it, versions, git
-    commit (None outside a clone) and digest of the code."""
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    """Device, number of processes, versions, git commit (None outside a clone), digest of the code."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
     versions = {"python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
     command, commit = ["git", "-C", str(FOLDER), "rev-parse", "HEAD"], None
@@ -484,16 +480,15 @@ def lock(path: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold a lock file inside, for no longer than this process lives. A folder that was made for it
     goes again if nothing came into it. Raises Busy if another process holds it for more than
     `patience` seconds, RunError if there can be no such file."""
-    made = [folder for folder in path.parents if not folder.exists()]
-    held = FileLock(path)
+    made, held = [folder for folder in path.parents if not folder.exists()], FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink():  # taking it would empty the file that a stranger's run points to
             raise RunError(f"{path} is a link: remove it")
         held.acquire(timeout=patience)
     except Timeout:
-        message = f"{path.parent}: another process is at it; wait for it, or take another --out"
-        raise Busy(message) from None
+        message = "another process is at it; wait for it, or take another --out"
+        raise Busy(f"{path.parent}: {message}") from None
     except OSError as error:
         raise RunError(f"--out: cannot write {path.parent}: {error.strerror or error}") from error
     try:

@@ -387,6 +387,7 @@ def test_the_same_command_again_loses_nothing(run, monkeypatch, capsys):
     state = (folder / "state.pt").read_bytes()
     assert "--resume" in refused(capsys, "--seed", 1)
     assert (folder / "state.pt").read_bytes() == state
+    (folder / "state.pt").write_bytes(b"going on from it would be an error")
     again, fresh = run("--seed", 1, "--overwrite"), run("--seed", 1, "--out", "elsewhere")
     assert_same_run(again, fresh)
 
