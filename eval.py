@@ -3,7 +3,7 @@
     python eval.py runs/digits/mlae-vit_nano-seed0-...
     python eval.py RUN --predictions answers.csv --features embeddings.npz    # of the scored images
     python eval.py RUN --test more_photos/          # a folder of images for each class
-    python eval.py RUN --predict photos/            # a CSV of the five likeliest classes of each
+    python eval.py RUN --predict photos/ --top-k 3  # a CSV of the likeliest classes of each
     python eval.py RUN --export onnx model.onnx     # or timm, torch, peft
     python eval.py RUN --prune 4                    # the 4 most important experts of each layer
 
@@ -56,15 +56,11 @@ def read_config(folder: str | Path) -> dict:
     if not path.exists():
         raise RunError(f"{folder} is not a run of train.py: there is no file {path}")
     config, parser = read_json(path), runs.train_parser()
-
-    def refuse(message: str) -> None:
-        raise ValueError(message)
-
-    parser.error = refuse
+    parser.exit_on_error = False
     with runs.reading(path):
         saved = config["arguments"]
         saved["dataset"]  # a default would be another run
-        config["weights"]["tag"]
+        config["weights"]["tag"], runs.AMP.index(config["amp"])  # an unknown one is an error
         row = models.find_method(saved["method"])
         flags = {action.dest: action.option_strings[-1] for action in parser._actions}
         words, args = [], argparse.Namespace()
@@ -80,9 +76,10 @@ def read_config(folder: str | Path) -> dict:
                 words.append(flag)
             elif value is not None and value is not False:
                 words.append(f"{flag}={value}")
-        config["arguments"] = parser.parse_args(words, args)
-        if config["amp"] not in runs.AMP[1:]:
-            raise ValueError(f"its amp {config['amp']!r} is unknown here")
+        args, unknown = parser.parse_known_args(words, args)
+        if unknown:
+            raise ValueError(f"today's code does not know {' '.join(unknown)}")
+        config["arguments"] = args
         names, task = config.setdefault("class_names", None), data.TASKS.get(args.dataset)
         if names and not all(map(str.isprintable, names)):
             raise ValueError("its class_names cannot be printed")
@@ -534,16 +531,14 @@ def main(argv: list[str] | None = None) -> None:
     flag("--device", choices=DEVICES, default="auto", help="default: auto, the fastest here")
     flag("--workers", type=WHOLE, default=4, help="image-decoding processes (0: the main process)")
     one("--test", type=Path, metavar="FOLDER", help="score it all: a folder for each class")
-    words = "classes of images of your own"
-    one("--predict", nargs="+", type=Path, metavar="IMAGE|FOLDER", help=words)
+    one("--predict", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="classes of your images")
     words = "write the model for other programs: timm, onnx, torch or peft"
     one("--export", nargs=2, metavar=("FORMAT", "PATH"), help=words)
     words = "keep K experts a layer, or a share of all; several: only print the table"
     one("--prune", nargs="+", type=experts, metavar="K", help=words)
     flag("--predictions", type=Path, metavar="FILE.csv", help="class and probability per image")
     flag("--features", type=Path, metavar="FILE.npz", help="what the head is given, per image")
-    words = "classes per image, at most all (default: of --predict 5, of --predictions 1)"
-    flag("--top-k", type=COUNT, metavar="N", help=words)
+    flag("--top-k", type=COUNT, metavar="N", help="classes per image (default: 1; of --predict 5)")
     flag("--out", type=Path, metavar="FOLDER", help="of --prune (default: RUN-pruneK)")
     args = parser.parse_args(argv)
     if args.top_k and not args.predict and not args.predictions:

@@ -75,9 +75,8 @@ class OtherImages(RunError):
 
 def out_of_memory(error: Exception) -> bool:
     """Whether that is what an error says: torch has a class for it on CUDA alone."""
-    if isinstance(error, RuntimeError) and any(word in str(error) for word in NO_MEMORY):
-        return True
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in NO_MEMORY)
+    return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 @contextmanager
