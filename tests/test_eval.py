@@ -324,8 +324,8 @@ def test_scores_are_taken_in_the_precision_and_with_the_means_of_the_run(nano):
     assert data.mean_and_std(args, net) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
-@pytest.mark.parametrize("names", [["a"] * 9, ["a\x1b"] * 10], ids=["nine", "escapes"])
-def test_names_of_classes_that_cannot_be_right(run, capsys, names):
+def test_names_of_classes_that_cannot_be_right(run, capsys):
     folder = Path(run("--epochs", 1)["run"])
-    edit_config(folder, class_names=names)
-    assert "class_names" in refused(capsys, folder)
+    for names in (["a"] * 9, ["a\x1b"] * 10):
+        edit_config(folder, class_names=names)
+        assert "class_names" in refused(capsys, folder)

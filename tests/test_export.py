@@ -160,11 +160,11 @@ def test_an_export_that_differs_is_not_kept(finished, capsys, tmp_path, monkeypa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("kind", "name"), [("onnx", "new.onnx"), ("peft", "new")])
-def test_a_missing_package_is_named(finished, capsys, tmp_path, monkeypatch, kind, name):
+def test_a_missing_package_is_named(finished, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
-    code, err = handed_out(capsys, finished[0], kind, tmp_path / name)
-    assert code == 2 and f"pip install {kind}" in err
+    for kind, name in (("onnx", "new.onnx"), ("peft", "new")):
+        code, err = handed_out(capsys, finished[0], kind, tmp_path / name)
+        assert code == 2 and f"pip install {kind}" in err
 
 
 def test_random_images_where_the_data_are_not(run, capsys, tmp_path, birds):
