@@ -60,7 +60,8 @@ def read_config(folder: str | Path) -> dict:
     with runs.reading(path):
         saved = config["arguments"]
         saved["dataset"]  # a default would be another run
-        config["weights"]["tag"], runs.AMP.index(config["amp"])  # an unknown one is an error
+        if config["amp"] not in runs.AMP[1:] or "tag" not in config["weights"]:
+            raise ValueError("its amp or weights are unknown here")
         row = models.find_method(saved["method"])
         flags = {action.dest: action.option_strings[-1] for action in parser._actions}
         words, args = [], argparse.Namespace()
