@@ -170,7 +170,7 @@ def scored_images(folder: Path, config: dict, download: bool = False) -> Images:
         try:
             _, images = data.load_data(args, download)
         except DataError as error:
-            remedy = "--data-dir says where the data are, eval.py --download fetches them"
+            remedy = "--data-dir says where they are now, eval.py --download fetches what it can"
             raise DataError(f"{error}; {remedy}") from error
     if then.exists() and read_json(then).get("digest", "") not in ("", images.digest()):
         note = "these are not the images that the run was scored on; it may have trained on some"
