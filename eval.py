@@ -194,7 +194,7 @@ def images_to_test(place: Path, config: dict, names: list[str]) -> Images:
     images = Images(files, labels, args.img_size, augment=args.augment, upright=True)
     images.folder, images.are_others = str(place), True
     images.description = f"{len(files)} images of {len(set(labels))} classes in {place}"
-    return images
+    images.folder = str(place)
 
 
 def images_to_predict(places: list[Path], img_size: int, augment: str) -> Images:
