@@ -18,6 +18,7 @@ do the seeds run on the 1000 images, and are tested.
 from __future__ import annotations
 
 import argparse
+import base64
 import itertools
 import json
 import re
@@ -29,6 +30,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pandas
 import scipy.stats
 
@@ -38,7 +40,7 @@ import train
 from methods import METHODS
 from model import few, find_method
 from runs import RunError, shown
-from splits import printable
+from splits import printable, regular
 
 PROTOCOL = "here: the last epoch's weights, scored once; mean ± standard deviation over seeds (n)"
 GROUPED = ("vtab-1k",)  # benchmarks with a mean of groups
@@ -87,7 +89,8 @@ def read_runs(*paths: str | Path) -> pandas.DataFrame:
     `identity`, the dict of what makes the run this run; `split` ("val" or "test") and `top1` on it
     (%); `benchmark` and `task` of the table; `weights`, their tag; `run`, its folder below that of
     the table; the rest of metrics.json; of the log's last line `similarity`, `train_top1` and
-    `train_loss`; `device`, `processes`, versions and `commit`.
+    `train_loss`; `device`, `processes`, versions and `commit`; and `correct`, base64 of the packed bits
+    of correct.npy, one for each scored image.
 
     Runs in folders that are damaged or unknown here are named and left out. RunError for a file
     that is no such table."""
@@ -135,7 +138,16 @@ def row_of(folder: str | Path, out: str | Path) -> dict:
     row |= {"train_loss": last.get("loss"), "run": folder.relative_to(out).as_posix()}
     row |= {"device": config.get("device"), "processes": config.get("processes")}
     row |= config.get("versions", {})
-    return row | {"commit": config.get("git"), "code": config.get("code")}
+    row |= {"commit": config.get("git"), "code": config.get("code"), "correct": None}
+    answers = folder / "correct.npy"
+    if answers.exists():
+        with runs.reading(answers):
+            packed = np.load(regular(answers))  # (N / 8,)
+            right = np.unpackbits(packed, count=row["images"])  # (N,)
+            if abs(100 * right.mean() - row["top1"]) > 0.01:
+                raise ValueError("these are not the answers that were scored")
+            row["correct"] = base64.b64encode(packed).decode()
+    return row
 
 
 def read_table(path: Path) -> list[dict]:
@@ -293,7 +305,7 @@ def words_of(settings: dict, names: list[str]) -> str:
     return " ".join(f"{name}={shown(settings[name])}" for name in given)
 
 
-# --- intervals over seeds -------------------------------------------------------------------------
+# --- intervals ------------------------------------------------------------------------------------
 def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
     """(mean, low, high): the 95 % interval of the mean by Student's t; None, None of one value."""
     mean, n = statistics.mean(values), len(values)
@@ -309,11 +321,45 @@ def paired_difference(a: dict[int, float], b: dict[int, float]) -> tuple:
     return *(interval(differences) if differences else (None, None, None)), len(differences)
 
 
+def differences_by_image(a: dict[int, dict], b: dict[int, dict]) -> np.ndarray | None:
+    """(S, N) of -1, 0 or 1: a right and b wrong is 1, for the S seeds that both {seed: run} have.
+    None if not all these runs have answers to the same images, or S < 2."""
+    seeds = sorted(a.keys() & b.keys())
+    paired = [a[seed] for seed in seeds] + [b[seed] for seed in seeds]
+    is_other = len({run.get("digest") for run in paired}) > 1
+    if len(seeds) < 2 or is_other or not all(run.get("correct") for run in paired):
+        return None
+    packed = [np.frombuffer(base64.b64decode(run["correct"]), np.uint8) for run in paired]
+    right = np.unpackbits(np.stack(packed), axis=1, count=paired[0]["images"])  # (2 S, N)
+    right_a, right_b = np.split(right.astype(np.int8), 2)
+    return right_a - right_b
+
+
+def bootstrap(differences: np.ndarray) -> tuple[float, float]:
+    """(low, high): the 95 % interval, in points, of the mean of `differences` (S, N) over S seeds
+    and N images together, between the percentiles 2.5 and 97.5 of 10,000 means. Each is over as
+    many seeds, drawn with replacement, and images, drawn once for all its seeds. Of few seeds it is
+    somewhat too narrow: the spread over S seeds that it draws is sqrt((S - 1) / S) of the real one.
+    """
+    (seeds, images), generator = differences.shape, np.random.default_rng(0)
+    # images alike in all seeds are drawn together: K of them, how often is multinomial
+    kinds, counts = np.unique(differences, axis=1, return_counts=True)  # (S, K), (K,)
+    means = []
+    for _ in range(10):  # a part at a time takes less memory
+        seed_counts = generator.multinomial(seeds, [1 / seeds] * seeds, 1000)  # (1000, S)
+        image_counts = generator.multinomial(images, counts / images, 1000)  # (1000, K)
+        sums = (seed_counts @ kinds * image_counts).sum(1)  # (1000,)
+        means.append(sums / (seeds * images))
+    low, high = 100 * np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def compare(rows: list[dict], words: str) -> None:
     """Fill in, in place, the paired difference of each row to one configuration of its table; of
-    means of tasks if both are over all tasks. RunError if the words, as in "lora" or "mlae
-    mask_prob=0", fit none or several in every table."""
-    found, notes = [], []
+    means of tasks if both are over all tasks. The interval over seeds and images together is of a
+    single task, never of means. RunError if the words, as in "lora" or "mlae mask_prob=0", fit none
+    or several in every table."""
+    found, notes, unknown = [], [], []
     for _, table in itertools.groupby(rows, key=lambda row: (row["benchmark"], row["split"])):
         table = list(table)
         names = sorted({row["configuration"] for row in table})
@@ -328,6 +374,12 @@ def compare(rows: list[dict], words: str) -> None:
             for name, value in zip(("difference", "low", "high"), numbers, strict=True):
                 row[name] = None if value is None else round(value, 2) + 0.0  # no -0.0
             row["against"] = other["configuration"]
+            by_image = differences_by_image(row["runs"], other["runs"])
+            if by_image is not None:
+                ends = [round(end, 1) + 0.0 for end in bootstrap(by_image)]
+                row["image_low"], row["image_high"] = ends
+            elif row["of"] == 1 and row["pairs"] > 1:
+                unknown.append(f"{row['configuration']} on {row['task']}")
         if len(fit) != 1:
             what = f"{table[0]['benchmark']}, {table[0]['split']}"
             problem = f"{'none' if not fit else 'several'} of its configurations"
@@ -336,6 +388,9 @@ def compare(rows: list[dict], words: str) -> None:
         names = ", ".join(found or sorted({row["configuration"] for row in rows}))
         problem = "fits several" if found else "fits none"
         raise RunError(f"--against {words!r} {problem} of these configurations: {names}")
+    if unknown:
+        what = f"no answers for each of the same images are stored for {few(unknown)}"
+        notes.append(printable(f"note: {what}: the interval is over seeds alone"))
     for note in notes:
         print(note, file=sys.stderr)
 
@@ -355,8 +410,9 @@ def natural(words: str) -> list:
 # --- the table ------------------------------------------------------------------------------------
 def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = (), searched=False) -> list[dict]:
     """A row for each task and configuration of `read_runs`, and for each mean of tasks: `top1` (%)
-    over n seeds, `std`, their sample standard deviation, `scores` by seed. `official`: all data are
-    the benchmark's own, and all `of` tasks of a mean are there with the same seeds.
+    over n seeds, `std`, their sample standard deviation, `scores` by seed, `runs` of a task by seed.
+    `official`: all data are the benchmark's own, and all `of` tasks of a mean are there with the
+    same seeds.
 
     Runs are of one configuration if their identities differ in task and seed alone, and those on
     test images also in the settings that were `chosen` for each task. RunError if one of these has
@@ -419,8 +475,9 @@ def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = (), searched=False)
                 row |= {"data": "; ".join(sorted(set(same["data"]))), "chosen": {}, "top1": None}
                 row |= {"std": None, "seeds": [], "n": int(n), "tasks": len(members), "of": of}
                 row |= {"scores": {}, "against": "", "difference": None, "low": None, "high": None}
-                row["pairs"] = 0
+                row |= {"image_low": None, "image_high": None, "pairs": 0, "runs": {}}
                 if of == 1:
+                    row["runs"] = {run["seed"]: run for run in same.to_dict("records")}
                     row["group"] = group_of.get(what, benchmark)
                     if split == "test":
                         row["chosen"] = {flag: same[flag].iloc[0] for flag in chosen}
@@ -456,10 +513,12 @@ def tabulate(rows: list[dict], form: str = "markdown") -> str:
     """The table as markdown or json, with published results, csv or latex (booktabs' tabulars)."""
     rows = sorted(rows, key=lambda row: natural(row["configuration"]))  # not by when each ran
     published = pandas.read_csv(PUBLISHED, dtype=str, keep_default_na=False)
+    numbers = pandas.DataFrame(rows, dtype=object).drop(columns="runs")
     if form == "json":
-        return json.dumps({"runs": rows, "published": published.to_dict("records")}, indent=1)
+        both = {"runs": numbers.to_dict("records"), "published": published.to_dict("records")}
+        return json.dumps(both, indent=1)
     if form == "csv":
-        return pandas.DataFrame(rows, dtype=object).map(to_cell).to_csv(index=False).rstrip()
+        return numbers.map(to_cell).to_csv(index=False).rstrip()
     benchmarks = dict.fromkeys(task.benchmark for task in data.TASKS.values())
     blocks = []
     for split, benchmark in itertools.product(("val", "test"), [*benchmarks, data.OWN]):
@@ -529,11 +588,14 @@ def cell(row: dict) -> str:
 
 
 def difference(row: dict) -> str:
-    """For example -1.00 [-2.10, 0.10] (5): the mean, its interval and how many seeds are common."""
+    """For example -1.00 [-2.10, 0.10] (5): the mean, its interval over seeds and how many seeds are
+    common; then "with images [-2.6, 0.6]", the interval over seeds and images, if there is one."""
     if row["difference"] is None:
         return "-"
     ends = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    return f"{row['difference']:+.2f}{ends} ({row['pairs']})"
+    images = f"; with images [{row['image_low']}, {row['image_high']}]"
+    known = "" if row["image_low"] is None else images
+    return f"{row['difference']:+.2f}{ends} ({row['pairs']}){known}"
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -38,8 +38,9 @@ def call(capsys, tmp_path, monkeypatch):
     return run
 
 
-def ran(dataset, seed, top1, *, official=True, digest=None, **changes):
-    """The files of a finished run; changes are settings that differ from the defaults."""
+def ran(dataset, seed, top1=None, *, digest=None, answers=None, images="same", **changes):
+    """The files of a finished run; changes are settings that differ from the defaults, `answers`
+    whether each of these `images` was right."""
     folder = Path("runs", dataset, str(len([*Path().rglob("metrics.json")])))
     folder.mkdir(parents=True)
     identity = {"method": "mlae", "model": "vit", "dataset": dataset, "seed": seed} | changes
@@ -48,8 +49,12 @@ def ran(dataset, seed, top1, *, official=True, digest=None, **changes):
     config |= {"identity": identity, "versions": {"torch": "2.14.1"}}
     (folder / "config.json").write_text(json.dumps(config))
     split = "val" if "val" in changes else "test"
-    metrics = {"dataset": dataset, "seed": seed, f"{split}_top1": top1, "official": official}
+    metrics = {"dataset": dataset, "seed": seed, f"{split}_top1": top1, "official": True}
     metrics |= {"data": "originals", "model": "vit:file", "run": str(folder)}
+    if answers is not None:
+        np.save(folder / "correct.npy", np.packbits(answers))
+        metrics |= {"images": len(answers), "digest": images}
+        metrics[f"{split}_top1"] = round(100 * float(np.mean(answers)), 2)
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return metrics
 
@@ -170,7 +175,7 @@ def test_an_interrupted_search_chooses_the_same_and_nothing_runs_twice(call, mon
     assert last_rows(call(*words, "--out", "parts")) == whole
     monkeypatch.setattr(train.models, "create_model", None)  # nothing trains again
     assert last_rows(call(*words, "--out", "parts")) == whole
-    assert len(pandas.read_csv("parts/runs.csv")) == 3
+    assert pandas.read_csv("parts/runs.csv")["correct"].notna().sum() == 3
 
 
 CHOICES = {  # words -> settings, the top-1 on val200 of their values, and the values that are tested
@@ -334,13 +339,58 @@ def test_paired_differences_are_scipys_in_each_table_by_itself(call):
     assert "mask_prob=0.5" in call("--table", "runs", "--against", "mlae", ends=2)  # fits several
 
 
+def test_the_interval_over_seeds_and_images_is_that_of_a_plain_bootstrap(call):
+    rng, answers = np.random.default_rng(2), {}
+    hard = rng.random(203)  # the images differ more than the seeds do
+    for p in (0.0, 0.5):
+        for seed in (1, 3, 0, 2):
+            right = rng.random(203) < 0.9 * np.roll(hard, int(100 * p)) + 0.02 * seed
+            answers[p, seed] = right
+            ran("svhn", seed, answers=right, mask_prob=p)
+        ran("dtd", 0, answers=[p > 0] * 9, mask_prob=p)
+        ran("dtd", 1, answers=[p > 0] * 9, mask_prob=p)
+    ran("svhn", 4, answers=[True] * 203, mask_prob=0.5)  # without a partner
+    rows = suite.rows_of(suite.read_runs("runs"))
+    suite.compare(rows, "mask_prob=0")
+    same, row = sorted((row for row in rows if row["against"]), key=lambda row: row["task"])
+    assert (same["image_low"], same["image_high"]) == (100, 100)  # all alike: no width
+    means = []
+    for _ in range(4000):
+        seeds, images = rng.integers(4, size=4), rng.integers(203, size=203)
+        drawn = []
+        for seed in seeds:
+            drawn.append(answers[0.5, seed][images].mean() - answers[0.0, seed][images].mean())
+        means.append(100 * np.mean(drawn))
+    ends = row["image_low"], row["image_high"]
+    assert ends == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.7)
+    words = "--table runs --against mask_prob=0".split()
+    assert f"(4); with images [{ends[0]}, {ends[1]}]" in call(*words)
+    for file in Path("runs").rglob("metrics.json"):
+        suite.add_to_table("runs", file.parent)
+    assert call("--table", "runs/runs.csv", *words[2:]) == call(*words)
+
+
+def test_without_answers_to_the_same_images_the_interval_is_over_seeds_alone(call, capsys):
+    for seed in (0, 1):
+        for p in (0.0, 0.5):
+            ran("svhn", seed, answers=[1, 0, 1], mask_prob=p, images=f"digest {p}")
+            ran("dtd", seed, 60.0, mask_prob=p)
+            ran("kitti", seed, answers=[1, 0, 1], mask_prob=p)
+    suite.main(["--table", "runs", "--against", "mask_prob=0"])
+    out, err = capsys.readouterr()
+    assert out.count("+0.00 [0.00, 0.00] (2)") == 3 and out.count("with images") == 1
+    assert err.count("stored for") == 1
+    assert "mlae mask_prob=0.5 on svhn" in err and "on dtd" in err and "on kitti" not in err
+
+
 DAMAGE = [{"seed": "0"}, {"seed": True}, {"official": 1}, {"data": "\x1b[2J"}, {"data": 1}]
-DAMAGE += [{"test_top1": value} for value in (float("nan"), 100.5, True)]
+DAMAGE += [{"test_top1": value} for value in (float("nan"), 100.5, True, 70.0)]
+DAMAGE += [{"images": "4"}, {"images": 3}]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=str)
 def test_a_damaged_result_is_left_out_in_one_line(call, capsys, damage):
-    folder = Path(ran("dtd", 0, 70.0)["run"])
+    folder = Path(ran("dtd", 0, answers=[1, 1, 0, 1])["run"])
     ran("svhn", 0, 60.0)
     metrics = json.loads((folder / "metrics.json").read_text())
     (folder / "metrics.json").write_text(json.dumps(metrics | damage))
