@@ -531,10 +531,10 @@ def tabulate(rows: list[dict], form: str = "markdown") -> str:
             corner = f"{split} top-1 minus that of {compared[0]['against']}, paired [95 %]"
             grids.append(grid(compared, corner, difference))
         if form == "latex":
-            tabulars = [one.reset_index().to_latex(index=False, escape=True) for one in grids]
+            tabulars = [one.to_latex(index=False, escape=True) for one in grids]
             blocks += [text.replace("±", r"$\pm$").rstrip() for text in tabulars]
         else:
-            blocks += [one.to_markdown(**MARKDOWN) for one in grids]
+            blocks += map(to_markdown, grids)
 
         # --- what is no result of its suite yet, what the images are, and what was chosen ---
         lines, tasks = [], [row for row in own if row["group"] != "mean"]
@@ -561,8 +561,7 @@ def tabulate(rows: list[dict], form: str = "markdown") -> str:
     if any(row["group"] == "mean" and row["split"] == "test" for row in rows):
         head = ["published, ViT-B/16 IN-21k", "vtab-1k groups", "vtab-1k tasks", "fgvc"]
         published.columns = [*head, "groups by best test epoch", "protocol"]
-        published = published.replace("", "-").set_index(head[0])
-        blocks.append(published.to_markdown(**MARKDOWN))
+        blocks.append(to_markdown(published.replace("", "-")))
     return "\n\n".join(blocks)
 
 
@@ -575,7 +574,16 @@ def grid(rows: list[dict], corner: str, show: Callable[[dict], str]) -> pandas.D
     cells = pandas.DataFrame("-", index=lines, columns=columns)
     for row in rows:
         cells.loc[row["configuration"], row["task"]] = show(row)
-    return (cells if len(columns) <= WIDE else cells.T).rename_axis(index=corner)
+    return (cells if len(columns) <= WIDE else cells.T).rename_axis(index=corner).reset_index()
+
+
+def to_markdown(table: pandas.DataFrame) -> str:
+    """A markdown table, in which the | of a name is no border."""
+
+    def escape(text: str) -> str:
+        return text.replace("|", r"\|")
+
+    return table.map(escape).rename(columns=escape).to_markdown(index=False, **MARKDOWN)
 
 
 def cell(row: dict) -> str:

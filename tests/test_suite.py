@@ -271,6 +271,12 @@ def test_a_csv_of_the_runs_prints_the_same_tables_and_weights_are_told_apart_by_
     assert call("--table", "runs/runs.csv", "--against", "rank=4") == out
 
 
+def test_a_bar_in_a_name_is_no_border_of_a_markdown_table(call):
+    ran("a|b", 0, 50.0, folder="c0ffee1234")
+    assert r"| a\|b c0ffee " in call("--table", "runs")
+    assert ",a|b c0ffee," in call("--table", "runs", "--format", "csv")
+
+
 def test_seeds_that_differ_make_no_result(all_runs):
     ran("dtd", 2, 90.0)
     rows = suite.rows_of(suite.read_runs("runs"))
