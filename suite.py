@@ -25,9 +25,8 @@ import re
 import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -48,26 +47,22 @@ PUBLISHED = Path(__file__).resolve().parent / "results" / "published.csv"
 MARKDOWN = {"tablefmt": "github", "disable_numparse": True}
 WIDE = 6  # tasks and means that are columns of a table; more are its lines
 LOADED = ("dataset", "data_dir", "source", "img_size", "augment", "val", *data.FOLDER_FLAGS)
+COMPARED = {"difference": 2, "low": 2, "high": 2, "image_low": 1, "image_high": 1}  # digits
 
 
 def suite_parser(manual: str | None = None) -> argparse.ArgumentParser:
     """The parser of suite.py: train.py's flags, with several values where that makes sense."""
     parser = runs.new_parser("suite.py", manual)
 
-    def group(title: str) -> Callable:
-        add = parser.add_argument_group(title).add_argument
+    def add(group, name: str, **options) -> None:
+        if "nargs" in options:  # several words already: commas inside a value
+            options = {"type": lambda text: text.split(",")} | options | {"action": "store"}
+        elif name[2:].replace("-", "_") not in runs.PLACE and "action" not in options:
+            options["nargs"] = "+"
+        if name != "--resume":  # a suite always goes on
+            group.add_argument(name, **options)
 
-        def flag(name: str, **options) -> None:
-            if "nargs" in options:  # several words already: commas inside a value
-                options = {"type": lambda text: text.split(",")} | options | {"action": "store"}
-            elif name[2:].replace("-", "_") not in runs.PLACE and "action" not in options:
-                options["nargs"] = "+"
-            if name != "--resume":  # a suite always goes on
-                add(name, **options)
-
-        return flag
-
-    runs.add_flags(group)
+    runs.add_flags(lambda title: partial(add, parser.add_argument_group(title)))
     flag = parser.add_argument_group("choosing").add_argument
     flag("--choose", nargs="+", metavar="FLAG", default=[], help="choose these flags on val200")
     words = "seeds of the search on val200 (default: 0)"
@@ -87,13 +82,10 @@ def read_runs(*paths: str | Path) -> pandas.DataFrame:
 
     Columns, of Python objects, None where a run has no such value: all arguments but runs.PLACE;
     `identity`, the dict of what makes the run this run; `split` ("val" or "test") and `top1` on it
-    (%); `benchmark` and `task` of the table; `weights`, their tag; `run`, its folder below that of
-    the table; the rest of metrics.json; of the log's last line `similarity`, `train_top1` and
-    `train_loss`; `device`, `processes`, versions and `commit`; and `correct`, base64 of the packed bits
-    of correct.npy, one for each scored image.
-
-    Runs in folders that are damaged or unknown here are named and left out. RunError for a file
-    that is no such table."""
+    (%); `benchmark` and `task` of the table; `weights`, their tag; what is in metrics.json, log.csv
+    and config.json; `run`, its folder below the table's; `correct`, its correct.npy in base64. Runs
+    that are damaged or unknown are named and left out; RunError for a file that is no such table.
+    """
     rows = []
     for path in map(Path, paths):
         if path.is_file():
@@ -111,41 +103,37 @@ def read_runs(*paths: str | Path) -> pandas.DataFrame:
 def row_of(folder: str | Path, out: str | Path) -> dict:
     """The row of a finished run below the folder `out`; RunError if it is damaged or unknown."""
     folder = Path(folder)
+    log, answers = folder / "log.csv", folder / "correct.npy"
     config, metrics = map(runs.read_json, (folder / "config.json", folder / "metrics.json"))
-    log = folder / "log.csv"
     last = runs.read_log(log)[-1] if log.exists() else {}
-    with runs.reading(folder / "metrics.json"):
+    with runs.reading(folder):
         own, task = config["identity"], metrics["dataset"]
+        split = "val" if own.get("val") else "test"
+        top1 = metrics[f"{split}_top1"]
         if own["method"] not in METHODS or (task not in data.TASKS and data.FOLDER not in own):
             raise ValueError(f"{own['method']} on {task} is unknown here")
+        kinds = type(top1), type(metrics["seed"]), type(metrics["official"])
+        if kinds != (float, int, bool) or not 0 <= top1 <= 100:
+            raise ValueError("its seed, top-1 or official cannot be right")
         benchmark = data.OWN if data.FOLDER in own else data.TASKS[task].benchmark
         if data.FOLDER in own:  # folders of one name differ by their digests
             task = printable(f"{task} {own[data.FOLDER][:6]}")
-        split = "val" if own.get("val") else "test"
-        top1, description = metrics[f"{split}_top1"], " ".join(metrics["data"].split())
-        is_right = type(top1) in (int, float) and 0 <= top1 <= 100 and description.isprintable()
-        if not is_right or (type(metrics["seed"]), type(metrics["official"])) != (int, bool):
-            raise ValueError("its seed, top-1, official or data cannot be right")
         row = dict.fromkeys(vars(runs.train_parser().parse_args([]))) | config["arguments"]
-        for flag in runs.PLACE:
-            del row[flag]
+        row = {name: value for name, value in row.items() if name not in runs.PLACE}
         row |= {"identity": own, "benchmark": benchmark, "task": task, "split": split}
         row |= {"weights": printable(metrics.pop("model")), "official": metrics["official"]}
-        metrics.pop("digests", None)  # they are long, and the task's
         row |= {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
-        row |= {"top1": float(top1), "data": description}
-    row |= {"similarity": last.get("similarity"), "train_top1": last.get("train_top1")}
-    row |= {"train_loss": last.get("loss"), "run": folder.relative_to(out).as_posix()}
-    row |= {"device": config.get("device"), "processes": config.get("processes")}
-    row |= config.get("versions", {})
-    row |= {"commit": config.get("git"), "code": config.get("code"), "correct": None}
-    answers = folder / "correct.npy"
-    if answers.exists():
-        with runs.reading(answers):
+        row.pop("digests", None)  # they are long, and the task's
+        row["data"] = printable(" ".join(metrics["data"].split()))
+        row["run"] = folder.relative_to(out).as_posix()
+        row |= {"similarity": last.get("similarity"), "train_top1": last.get("train_top1")}
+        row |= {"train_loss": last.get("loss"), "device": config.get("device")}
+        row |= {"processes": config.get("processes")} | config.get("versions", {})
+        row |= {"commit": config.get("git"), "code": config.get("code"), "correct": None}
+        if answers.exists():
             packed = np.load(regular(answers))  # (N / 8,)
-            right = np.unpackbits(packed, count=row["images"])  # (N,)
-            if abs(100 * right.mean() - row["top1"]) > 0.01:
-                raise ValueError("these are not the answers that were scored")
+            if abs(100 * np.unpackbits(packed, count=row["images"]).mean() - top1) > 0.01:
+                raise ValueError("correct.npy has other answers than those that were scored")
             row["correct"] = base64.b64encode(packed).decode()
     return row
 
@@ -212,20 +200,16 @@ def run_all(todo: list[argparse.Namespace], left_out: dict[str, str]) -> list[tu
     What other processes are at comes last. `left_out` gets the reason for what is left out."""
 
     @lru_cache(maxsize=1)  # the images of the last task stay in memory
-    def load_images(**values) -> tuple:
-        return data.load_data(argparse.Namespace(**values))
+    def load_images(*values) -> tuple:
+        return data.load_data(argparse.Namespace(**dict(zip(LOADED, values, strict=True))))
 
-    def load(args: argparse.Namespace) -> tuple:
-        return load_images(**{name: getattr(args, name) for name in LOADED})
-
-    results, queue, passed_over = {}, deque(enumerate(todo)), 0
+    results, queue, passed_over = {}, list(enumerate(todo)), 0
     while queue:
-        number, args = queue.popleft()
+        number, args = queue.pop(0)
         if args.dataset in left_out:
             continue
-        name = f"{args.method} on {args.dataset}, seed {args.seed}"
         try:
-            metrics = train.run(args, load)
+            metrics = train.run(args, lambda args: load_images(*map(vars(args).get, LOADED)))
         except runs.Busy as error:
             queue.append((number, args))
             passed_over += 1
@@ -236,12 +220,12 @@ def run_all(todo: list[argparse.Namespace], left_out: dict[str, str]) -> list[tu
             continue
         except data.DataError as error:
             left_out[args.dataset] = str(error)
-        except (runs.Diverged, runs.OtherImages) as error:
-            left_out[name] = str(error)
-        except (MemoryError, RuntimeError) as error:
-            if not runs.out_of_memory(error):
+        except (runs.Diverged, runs.OtherImages, MemoryError, RuntimeError) as error:
+            is_full = runs.out_of_memory(error)
+            if not is_full and not isinstance(error, RunError):
                 raise
-            left_out[name] = runs.OUT_OF_MEMORY
+            name = f"{args.method} on {args.dataset}, seed {args.seed}"
+            left_out[name] = runs.OUT_OF_MEMORY if is_full else str(error)
         else:
             results[number] = args, metrics
             print(json.dumps(metrics), flush=True)
@@ -250,36 +234,20 @@ def run_all(todo: list[argparse.Namespace], left_out: dict[str, str]) -> list[tu
     return [results[number] for number in sorted(results)]
 
 
-def chosen_flags(args: argparse.Namespace, names: list[str]) -> list[str]:
-    """The other flags that tell choices of the flags `names` apart: those with several values, and
-    the methods' own flags that were given. RunError if one of `names` has not several values."""
-    of_methods = {"targets"}.union(*(method.settings for method in METHODS.values()))
-    several = {name for name, value in vars(args).items() if isinstance(value, list) and value[1:]}
-    several -= {"dataset", "method", "seed", "search_seed"}
-    for name in names:
-        if name not in several:
-            raise RunError(f"--choose {name}: give this flag several values to choose from")
-    if args.val:
-        raise RunError("--choose scores val200 by itself: leave --val out")
-    given = {name for name in of_methods if getattr(args, name, None) is not None}
-    return [name for name in vars(args) if name in (several | given) - set(names)]
-
-
 def choose(results: list[tuple], names: list[str], others: list[str]) -> list[dict]:
     """Of (arguments, metrics) of runs on val200, the settings (arguments with no seed) with the
     best mean of each task, method and value of the flags `others`, of equals the smaller values of
     the flags `names`; those with which a seed diverged are behind the rest. Prints the choice."""
-    groups: dict[str, dict] = {}  # {settings: top-1 of each seed} of what is compared
+    trials, groups = {}, {}  # {settings: top-1 of each seed}, {what is compared: its trials}
     for run, metrics in results:
-        settings = vars(run) | {"seed": None}
+        settings = json.dumps(vars(run) | {"seed": None})
+        trials.setdefault(settings, []).append(metrics["val_top1"])
+    for text, scores in trials.items():
+        settings = json.loads(text)
         group = json.dumps([settings[name] for name in ("dataset", "method", *others)])
-        trials = groups.setdefault(group, {})
-        trials.setdefault(json.dumps(settings), []).append(metrics["val_top1"])
+        groups.setdefault(group, []).append((len(scores), statistics.mean(scores), settings))
     chosen = []
-    for trials in groups.values():
-        rivals = []
-        for settings, scores in trials.items():
-            rivals.append((len(scores), statistics.mean(scores), json.loads(settings)))
+    for rivals in groups.values():
         rivals.sort(key=lambda trial: [size(trial[2][name]) for name in names])
         _, _, best = max(rivals, key=lambda trial: trial[:2])  # the first of equals
         chosen.append(best)
@@ -287,10 +255,10 @@ def choose(results: list[tuple], names: list[str], others: list[str]) -> list[di
         tried = [f"{words_of(settings, names)} {mean:.2f}" for _, mean, settings in rivals]
         print(f"chosen on val200, {what}: {words_of(best, names)} of {', '.join(tried)}")
         for name in names:
-            sizes = [size(settings[name]) for _, _, settings in rivals]
-            if all(isinstance(value, int | float) for value in sizes):  # not words, and not None
-                if min(sizes) < max(sizes) and size(best[name]) in (min(sizes), max(sizes)):
-                    print(f"note: that is the smallest or largest {name}: try more values")
+            sizes = {size(settings[name]) for _, _, settings in rivals}
+            is_number = all(isinstance(value, int | float) for value in sizes)  # no word, no None
+            if is_number and len(sizes) > 1 and size(best[name]) in (min(sizes), max(sizes)):
+                print(f"note: that is the smallest or largest {name}: try more values")
     return chosen
 
 
@@ -315,75 +283,61 @@ def interval(values: Sequence[float]) -> tuple[float, float | None, float | None
     return mean, float(mean - half), float(mean + half)
 
 
-def paired_difference(a: dict[int, float], b: dict[int, float]) -> tuple:
-    """(`interval` of a - b, n) over the n seeds that both {seed: value} have; None without any."""
-    differences = [a[seed] - b[seed] for seed in a if seed in b]
-    return *(interval(differences) if differences else (None, None, None)), len(differences)
+def image_interval(a: list[dict], b: list[dict]) -> tuple[float, float] | None:
+    """(low, high): the 95 % interval, in points, of the mean top-1 of runs a minus that of runs b of
+    the same seeds, over seeds and images together; None if not all have answers to the same images.
 
-
-def differences_by_image(a: dict[int, dict], b: dict[int, dict]) -> np.ndarray | None:
-    """(S, N) of -1, 0 or 1: a right and b wrong is 1, for the S seeds that both {seed: run} have.
-    None if not all these runs have answers to the same images, or S < 2."""
-    seeds = sorted(a.keys() & b.keys())
-    paired = [a[seed] for seed in seeds] + [b[seed] for seed in seeds]
-    is_other = len({run.get("digest") for run in paired}) > 1
-    if len(seeds) < 2 or is_other or not all(run.get("correct") for run in paired):
+    It lies between the percentiles 2.5 and 97.5 of 10,000 means (a paired bootstrap). Each is over
+    seeds drawn with replacement, and images drawn so, the same for all its seeds. Of few seeds it
+    is too narrow: it draws sqrt((S - 1) / S) of the spread over S seeds."""
+    is_other = len({run.get("digest") for run in [*a, *b]}) > 1
+    if is_other or not all(run.get("correct") for run in [*a, *b]):
         return None
-    packed = [np.frombuffer(base64.b64decode(run["correct"]), np.uint8) for run in paired]
-    right = np.unpackbits(np.stack(packed), axis=1, count=paired[0]["images"])  # (2 S, N)
-    right_a, right_b = np.split(right.astype(np.int8), 2)
-    return right_a - right_b
-
-
-def bootstrap(differences: np.ndarray) -> tuple[float, float]:
-    """(low, high): the 95 % interval, in points, of the mean of `differences` (S, N) over S seeds
-    and N images together, between the percentiles 2.5 and 97.5 of 10,000 means. Each is over as
-    many seeds, drawn with replacement, and images, drawn once for all its seeds. Of few seeds it is
-    somewhat too narrow: the spread over S seeds that it draws is sqrt((S - 1) / S) of the real one.
-    """
-    (seeds, images), generator = differences.shape, np.random.default_rng(0)
-    # images alike in all seeds are drawn together: K of them, how often is multinomial
+    packed = [np.frombuffer(base64.b64decode(run["correct"]), np.uint8) for run in [*a, *b]]
+    right = np.unpackbits(np.stack(packed), axis=1, count=a[0]["images"])  # (2 S, N)
+    differences = np.subtract(*np.split(right.astype(np.int8), 2))  # (S, N) of -1, 0, 1
+    # images alike in all seeds are drawn together: how many of each of the K kinds is multinomial
     kinds, counts = np.unique(differences, axis=1, return_counts=True)  # (S, K), (K,)
-    means = []
+    (seeds, images), generator, means = differences.shape, np.random.default_rng(0), []
     for _ in range(10):  # a part at a time takes less memory
-        seed_counts = generator.multinomial(seeds, [1 / seeds] * seeds, 1000)  # (1000, S)
-        image_counts = generator.multinomial(images, counts / images, 1000)  # (1000, K)
-        sums = (seed_counts @ kinds * image_counts).sum(1)  # (1000,)
-        means.append(sums / (seeds * images))
-    low, high = 100 * np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+        drawn_seeds = generator.multinomial(seeds, [1 / seeds] * seeds, 1000)  # (1000, S)
+        drawn_images = generator.multinomial(images, counts / images, 1000)  # (1000, K)
+        sums = (drawn_seeds @ kinds * drawn_images).sum(1)  # (1000,)
+        means.append(100 * sums / (seeds * images))
+    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
 
 def compare(rows: list[dict], words: str) -> None:
-    """Fill in, in place, the paired difference of each row to one configuration of its table; of
-    means of tasks if both are over all tasks. The interval over seeds and images together is of a
-    single task, never of means. RunError if the words, as in "lora" or "mlae mask_prob=0", fit none
-    or several in every table."""
+    """Fill in, in place, the paired differences to one configuration of each table: the mean and its
+    interval over seeds; of single tasks, never of means, that over seeds and images. Means are
+    compared if both are over all tasks. RunError if the words, as in "lora" or "mlae mask_prob=0",
+    fit none or several in every table."""
     found, notes, unknown = [], [], []
-    for _, table in itertools.groupby(rows, key=lambda row: (row["benchmark"], row["split"])):
-        table = list(table)
+    for place in dict.fromkeys((row["benchmark"], row["split"]) for row in rows):
+        table = [row for row in rows if (row["benchmark"], row["split"]) == place]
         names = sorted({row["configuration"] for row in table})
         fit = [name for name in names if settings_in(words) <= settings_in(name)]
         found += fit
-        others = {row["task"]: row for row in table if [row["configuration"]] == fit}
+        if len(fit) != 1:
+            problem = f"fits {'several' if fit else 'none'} of its configurations"
+            notes.append(f"note: {', '.join(place)} is not compared: {words!r} {problem}")
+            continue
+        others = {row["task"]: row for row in table if row["configuration"] == fit[0]}
         for row in table:
             other = others.get(row["task"], row)
             if other is row or row["of"] > 1 and not (row["official"] and other["official"]):
                 continue
-            *numbers, row["pairs"] = paired_difference(row["scores"], other["scores"])
-            for name, value in zip(("difference", "low", "high"), numbers, strict=True):
-                row[name] = None if value is None else round(value, 2) + 0.0  # no -0.0
-            row["against"] = other["configuration"]
-            by_image = differences_by_image(row["runs"], other["runs"])
-            if by_image is not None:
-                ends = [round(end, 1) + 0.0 for end in bootstrap(by_image)]
-                row["image_low"], row["image_high"] = ends
-            elif row["of"] == 1 and row["pairs"] > 1:
-                unknown.append(f"{row['configuration']} on {row['task']}")
-        if len(fit) != 1:
-            what = f"{table[0]['benchmark']}, {table[0]['split']}"
-            problem = f"{'none' if not fit else 'several'} of its configurations"
-            notes.append(f"note: {what} is not compared: {words!r} fits {problem}")
+            seeds = sorted(row["scores"].keys() & other["scores"].keys())
+            row |= {"against": fit[0], "pairs": len(seeds)}
+            numbers = [row["scores"][seed] - other["scores"][seed] for seed in seeds]
+            numbers = [*interval(numbers)] if seeds else []
+            if row["of"] == 1 and len(seeds) > 1:
+                both = [[one["runs"][seed] for seed in seeds] for one in (row, other)]
+                ends = image_interval(*both)
+                numbers += ends or []
+                unknown += [] if ends else [f"{row['configuration']} on {row['task']}"]
+            for (name, digits), value in zip(COMPARED.items(), numbers, strict=False):
+                row[name] = None if value is None else round(value, digits) + 0.0  # no -0.0
     if not any(row["against"] for row in rows):
         names = ", ".join(found or sorted({row["configuration"] for row in rows}))
         problem = "fits several" if found else "fits none"
@@ -410,19 +364,17 @@ def natural(words: str) -> list:
 # --- the table ------------------------------------------------------------------------------------
 def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = (), searched=False) -> list[dict]:
     """A row for each task and configuration of `read_runs`, and for each mean of tasks: `top1` (%)
-    over n seeds, `std`, their sample standard deviation, `scores` by seed, `runs` of a task by seed.
-    `official`: all data are the benchmark's own, and all `of` tasks of a mean are there with the
-    same seeds.
+    over n seeds, `std`, their sample standard deviation, `scores` and `runs` by seed. `official`:
+    all data are the benchmark's own, and all `of` tasks of a mean are there with the same seeds.
 
     Runs are of one configuration if their identities differ in task and seed alone, and those on
     test images also in the settings that were `chosen` for each task. RunError if one of these has
     two values for one seed: one run would hide the other."""
     # --- configurations ---
-    settings = []
+    settings, tuned = [], {"val": [], "test": list(chosen)}  # what is tried on val200 stays apart
     for run in found.to_dict("records"):
-        own, free = run["identity"], ["dataset", "seed", "val", "model", data.FOLDER]
-        if run["split"] == "test":  # what is tried on val200 stays apart
-            free += chosen
+        own = run["identity"]
+        free = ["dataset", "seed", "val", "model", data.FOLDER, *tuned[run["split"]]]
         # the weights by their tag, or by the digest of a file, whatever its name
         given = {"model": own["model"] if "checkpoint" in own else run["weights"]}
         given |= {name: value for name, value in own.items() if name not in free}
@@ -430,26 +382,24 @@ def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = (), searched=False)
     found = found.assign(settings=settings)
     place = ["benchmark", "split", "settings", "task", "seed"]
     for (_, split, _, task, seed), same in found.groupby(place):
-        for name in chosen if split == "test" else ():
+        for name in tuned[split]:
             values = sorted(set(map(shown, same[name])))
             if len(values) > 1:
                 raise RunError(f"--choose {name}: {task}, seed {seed}, has {' and '.join(values)}")
-    hidden = found[found.duplicated(place, keep="last")]
-    if len(hidden):
-        names = few(list(hidden["run"]))
-        print(printable(f"note: newer runs of the same settings hide {names}"), file=sys.stderr)
-    on_val = found[found["split"] == "val"]
-    tried = set(zip(on_val["task"], on_val["method"], strict=True))
+    hidden = list(found["run"][found.duplicated(place, keep="last")])
+    if hidden:
+        note = f"note: newer runs of the same settings hide {few(hidden)}"
+        print(printable(note), file=sys.stderr)
     found = found.drop_duplicates(place, keep="last")
+    tried = found[found["split"] == "val"].groupby(["task", "method"]).groups
 
     # --- rows of tasks and of means ---
     rows = []
     for (benchmark, split), table in found.groupby(["benchmark", "split"], sort=False):
         group_of = {task.name: task.group for task in data.tasks_of(benchmark)}
-        itself, groups = {name: name for name in table["task"]}, list(group_of.values())
-        has_means = benchmark in data.SUITES.values()
-        has_means &= table.groupby("settings")["task"].nunique().max() > 1
-        rivals = list(map(json.loads, table["settings"].unique()))
+        groups, rivals = list(group_of.values()), list(map(json.loads, table["settings"].unique()))
+        has_means = table.groupby("settings")["task"].nunique().max() > 1
+        has_means &= benchmark in data.SUITES.values()
         for text, own in table.groupby("settings", sort=False):
             given, last = json.loads(text), own.iloc[-1].to_dict()
             last |= {"model": given["model"], "checkpoint": given.get("checkpoint", "")[:8] or None}
@@ -458,33 +408,31 @@ def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = (), searched=False)
             scores = own.pivot(index="seed", columns="task", values="top1").astype(float)
             official = own.groupby("task")["official"].all()
             tasks = [name for name in group_of if name in scores] or list(scores)
-            lines = [(name, [name], itself, 1) for name in tasks]  # what, tasks, part of what, of
+            lines = {name: ([name], 1) for name in tasks}  # of how many tasks
             tasks = [name for name in tasks if official[name]]  # means are over these alone
             if has_means and tasks and benchmark in GROUPED:
                 for group in dict.fromkeys(groups):
                     members = [name for name in tasks if group_of[name] == group]
-                    lines.append((group, members, itself, groups.count(group)))
+                    lines[group] = members, groups.count(group)
                 is_whole = {group_of[name] for name in tasks} == set(groups)
-                lines.append(("mean of groups", tasks if is_whole else [], group_of, len(groups)))
+                lines["mean of groups"] = tasks if is_whole else [], len(groups)
             if has_means and tasks:
-                lines.append(("mean of tasks", tasks, itself, len(groups)))
-            for what, members, part_of, of in lines:
-                values = scores[members].dropna(how="all")  # (seeds, tasks)
-                n, same = min(values.count(), default=0), own[own["task"] == what]
+                lines["mean of tasks"] = tasks, len(groups)
+            for what, (members, of) in lines.items():
+                same, values = own[own["task"] == what], scores[members].dropna(how="all")
+                n = int(min(values.count(), default=0))  # of values (seeds, tasks)
+                part_of = group_of if what == "mean of groups" else str  # itself
                 row = common | {"group": "mean", "task": what, "official": False}
                 row |= {"data": "; ".join(sorted(set(same["data"]))), "chosen": {}, "top1": None}
-                row |= {"std": None, "seeds": [], "n": int(n), "tasks": len(members), "of": of}
-                row |= {"scores": {}, "against": "", "difference": None, "low": None, "high": None}
-                row |= {"image_low": None, "image_high": None, "pairs": 0, "runs": {}}
-                if of == 1:
-                    row["runs"] = {run["seed"]: run for run in same.to_dict("records")}
-                    row["group"] = group_of.get(what, benchmark)
-                    if split == "test":
-                        row["chosen"] = {flag: same[flag].iloc[0] for flag in chosen}
+                row |= {"std": None, "seeds": [], "n": n, "tasks": len(members), "of": of}
+                row |= {"scores": {}, "against": "", **dict.fromkeys(COMPARED), "pairs": 0}
                 row["searched"] = searched or (what, given["method"]) in tried
+                row["runs"] = {run["seed"]: run for run in same.to_dict("records")}
+                if of == 1:
+                    row["group"] = group_of.get(what, benchmark)
+                    row["chosen"] = {flag: same[flag].iloc[0] for flag in tuned[split]}
                 if n and values.isna().any(axis=None):  # the tasks have not the same seeds
-                    mean = values.mean().groupby(part_of).mean().mean()
-                    row["top1"] = round(float(mean), 2)
+                    row["top1"] = round(float(values.mean().groupby(part_of).mean().mean()), 2)
                 elif n:
                     by_seed = values.T.groupby(part_of).mean().mean()  # (seeds,)
                     row["official"] = bool(official[members].all()) and len(members) == of
@@ -520,21 +468,16 @@ def tabulate(rows: list[dict], form: str = "markdown") -> str:
     if form == "csv":
         return numbers.map(to_cell).to_csv(index=False).rstrip()
     benchmarks = dict.fromkeys(task.benchmark for task in data.TASKS.values())
-    blocks = []
+    blocks, comment = [], "% " if form == "latex" else ""
     for split, benchmark in itertools.product(("val", "test"), [*benchmarks, data.OWN]):
         own = [row for row in rows if (row["benchmark"], row["split"]) == (benchmark, split)]
         if not own:
             continue
-        grids = [grid(own, f"{benchmark}, {split} top-1 (%)", cell)]
+        blocks.append(grid(own, f"{benchmark}, {split} top-1 (%)", cell, form))
         compared = [row for row in own if row["against"]]
         if compared:
             corner = f"{split} top-1 minus that of {compared[0]['against']}, paired [95 %]"
-            grids.append(grid(compared, corner, difference))
-        if form == "latex":
-            tabulars = [one.to_latex(index=False, escape=True) for one in grids]
-            blocks += [text.replace("±", r"$\pm$").rstrip() for text in tabulars]
-        else:
-            blocks += map(to_markdown, grids)
+            blocks.append(grid(compared, corner, difference, form))
 
         # --- what is no result of its suite yet, what the images are, and what was chosen ---
         lines, tasks = [], [row for row in own if row["group"] != "mean"]
@@ -546,44 +489,32 @@ def tabulate(rows: list[dict], form: str = "markdown") -> str:
         lines += [f"{row['task']}: {row['data']}" for row in tasks]
         for row in tasks:
             words = ", ".join(f"{name} {shown(value)}" for name, value in row["chosen"].items())
+            how = "chosen on val200" if row["searched"] else "as run; no search is in this table"
             if words:
-                how = (
-                    "chosen on val200" if row["searched"] else "as run; no search is in this table"
-                )
                 lines.append(f"{row['task']}, {row['configuration']}: {words} {how}")
         if not all(row["official"] for row in tasks):
             lines.append(f"* a subset of {benchmark} or not its official images; in no mean.")
-        comment = "% " if form == "latex" else ""
         blocks.append("\n".join(comment + line for line in dict.fromkeys(lines)))  # each once
-    if form == "latex":
-        return "\n\n".join([*blocks, f"% {PROTOCOL}"])
-    blocks.append(PROTOCOL)
-    if any(row["group"] == "mean" and row["split"] == "test" for row in rows):
+    blocks.append(comment + PROTOCOL)
+    if form != "latex" and any(row["group"] == "mean" and row["split"] == "test" for row in rows):
         head = ["published, ViT-B/16 IN-21k", "vtab-1k groups", "vtab-1k tasks", "fgvc"]
         published.columns = [*head, "groups by best test epoch", "protocol"]
-        blocks.append(to_markdown(published.replace("", "-")))
+        blocks.append(published.replace("", "-").to_markdown(index=False, **MARKDOWN))
     return "\n\n".join(blocks)
 
 
-def grid(rows: list[dict], corner: str, show: Callable[[dict], str]) -> pandas.DataFrame:
+def grid(rows: list[dict], corner: str, show: Callable[[dict], str], form: str) -> str:
     """What `show` writes for each row, configurations x tasks and means, transposed if WIDE."""
     tasks = {row["task"] for row in rows if row["group"] != "mean"}
     columns = [task for task in data.TASKS if task in tasks] or sorted(tasks)
     columns += dict.fromkeys(row["task"] for row in rows if row["group"] == "mean")
-    lines = list(dict.fromkeys(row["configuration"] for row in rows))
-    cells = pandas.DataFrame("-", index=lines, columns=columns)
-    for row in rows:
-        cells.loc[row["configuration"], row["task"]] = show(row)
-    return (cells if len(columns) <= WIDE else cells.T).rename_axis(index=corner).reset_index()
-
-
-def to_markdown(table: pandas.DataFrame) -> str:
-    """A markdown table, in which the | of a name is no border."""
-
-    def escape(text: str) -> str:
-        return text.replace("|", r"\|")
-
-    return table.map(escape).rename(columns=escape).to_markdown(index=False, **MARKDOWN)
+    cells = pandas.Series({(row["configuration"], row["task"]): show(row) for row in rows})
+    cells = cells.unstack(fill_value="-", sort=False)[columns]
+    cells = (cells if len(columns) <= WIDE else cells.T).rename_axis(index=corner).reset_index()
+    if form == "latex":
+        return cells.to_latex(index=False, escape=True).replace("±", r"$\pm$").rstrip()
+    cells.columns = cells.columns.str.replace("|", r"\|")  # the | of a name is no border
+    return cells.replace("[|]", r"\|", regex=True).to_markdown(index=False, **MARKDOWN)
 
 
 def cell(row: dict) -> str:
@@ -596,17 +527,46 @@ def cell(row: dict) -> str:
 
 
 def difference(row: dict) -> str:
-    """For example -1.00 [-2.10, 0.10] (5): the mean, its interval over seeds and how many seeds are
-    common; then "with images [-2.6, 0.6]", the interval over seeds and images, if there is one."""
+    """For example -1.00 [-2.10, 0.10] (5); with images [-2.6, 0.6]: the mean, its interval over
+    seeds and how many seeds are common, and the interval over seeds and images."""
     if row["difference"] is None:
         return "-"
-    ends = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    images = f"; with images [{row['image_low']}, {row['image_high']}]"
-    known = "" if row["image_low"] is None else images
-    return f"{row['difference']:+.2f}{ends} ({row['pairs']}){known}"
+    seeds = "" if row["low"] is None else " [{low:.2f}, {high:.2f}]"
+    images = "" if row["image_low"] is None else "; with images [{image_low}, {image_high}]"
+    return ("{difference:+.2f}" + seeds + " ({pairs})" + images).format(**row)
 
 
 # --- the command ----------------------------------------------------------------------------------
+def run_suite(args: argparse.Namespace, names: list[str]) -> list[str]:
+    """The folders of all runs, after a search on val200 for the flags `names`, if there are any.
+    RunError if one of these has not several values, or no run was possible."""
+    left_out, todo = {}, []
+    if names:
+        several = {
+            key for key, value in vars(args).items() if isinstance(value, list) and value[1:]
+        }
+        several -= {"dataset", "method", "seed", "search_seed"}
+        for name in names:
+            if name not in several:
+                raise RunError(f"--choose {name}: give this flag several values to choose from")
+        if args.val:
+            raise RunError("--choose scores val200 by itself: leave --val out")
+        # what tells choices apart: other flags with several values, and given ones of the methods
+        of_methods = {"targets"}.union(*(method.settings for method in METHODS.values()))
+        given = {name for name in of_methods if getattr(args, name, None) is not None}
+        others = [name for name in vars(args) if name in (several | given) - set(names)]
+        tried = argparse.Namespace(**vars(args) | {"val": True, "seed": args.search_seed})
+        for settings in choose(run_all(combinations(tried), left_out), names, others):
+            for seed in args.seed if isinstance(args.seed, list) else [args.seed]:
+                todo.append(argparse.Namespace(**settings | {"val": False, "seed": seed}))
+    results = run_all(todo if names else combinations(args), left_out)
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
+    if not results:
+        raise RunError("--dataset: not one of these runs was possible; see above")
+    return [metrics["run"] for _, metrics in results]
+
+
 def main(argv: list[str] | None = None) -> None:
     args = suite_parser(__doc__).parse_args(argv)
     names = [flag.lstrip("-").replace("-", "_") for flag in args.choose]
@@ -614,26 +574,7 @@ def main(argv: list[str] | None = None) -> None:
     del args.table, args.format, args.against, args.choose
     args.resume = None  # what was interrupted goes on, what was not starts
     with runs.one_line("suite.py"):
-        # --- the runs, after a search on val200 if there is something to choose ---
-        folders = paths
-        if not paths:
-            left_out, todo = {}, [] if names else combinations(args)
-            if names:
-                others = chosen_flags(args, names)
-                tried = argparse.Namespace(**vars(args) | {"val": True, "seed": args.search_seed})
-                best = choose(run_all(combinations(tried), left_out), names, others)
-                seeds = args.seed if isinstance(args.seed, list) else [args.seed]
-                for settings, seed in itertools.product(best, seeds):
-                    todo.append(argparse.Namespace(**settings | {"val": False, "seed": seed}))
-            results = run_all(todo, left_out)
-            for name, reason in left_out.items():
-                print(f"left out: {name}: {reason}")
-            if not results:
-                raise RunError("--dataset: not one of these runs was possible; see above")
-            folders = [metrics["run"] for _, metrics in results]
-
-        # --- their table ---
-        found = read_runs(*folders)
+        found = read_runs(*(paths or run_suite(args, names)))
         if found.empty:
             raise RunError(f"--table: there is no finished run in {' '.join(paths)}")
         for name in set(names) - set(found):
@@ -648,10 +589,8 @@ def main(argv: list[str] | None = None) -> None:
         if not paths:  # under the names of metrics.json
             last, keys = [], ("method", "configuration", "chosen", "seeds", "n", "official")
             for row in rows:
-                score = {
-                    f"{row['split']}_top1": row["top1"],
-                    f"{row['split']}_top1_std": row["std"],
-                }
+                top1 = f"{row['split']}_top1"
+                score = {top1: row["top1"], f"{top1}_std": row["std"]}
                 last.append({"dataset": row["task"]} | {key: row[key] for key in keys} | score)
             print(json.dumps({"rows": last}))
 

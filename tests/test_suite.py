@@ -48,15 +48,21 @@ def ran(dataset, seed, top1=None, *, digest=None, answers=None, images="same", *
     identity |= {"checkpoint": digest} if digest else {}
     config |= {"identity": identity, "versions": {"torch": "2.14.1"}}
     (folder / "config.json").write_text(json.dumps(config))
-    split = "val" if "val" in changes else "test"
-    metrics = {"dataset": dataset, "seed": seed, f"{split}_top1": top1, "official": True}
-    metrics |= {"data": "originals", "model": "vit:file", "run": str(folder)}
+    metrics = {"dataset": dataset, "seed": seed, "official": True, "data": "originals"}
+    metrics |= {"model": "vit:file", "run": str(folder)}
     if answers is not None:
         np.save(folder / "correct.npy", np.packbits(answers))
         metrics |= {"images": len(answers), "digest": images}
-        metrics[f"{split}_top1"] = round(100 * float(np.mean(answers)), 2)
+        top1 = round(100 * float(np.mean(answers)), 2)
+    metrics["val_top1" if "val" in changes else "test_top1"] = float(top1)
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return metrics
+
+
+def edit(run, **changes):
+    """Change what a run's metrics.json says."""
+    file = Path(run["run"], "metrics.json")
+    file.write_text(json.dumps(run | changes))
 
 
 def pretend(monkeypatch, score):
@@ -124,20 +130,22 @@ def test_the_product_of_all_values_runs_and_the_same_images_are_read_once(call, 
 
 def test_a_suite_goes_on_past_what_fails_and_waits_for_other_processes(call, monkeypatch):
     waits = []
+    errors = {("dtd", 0): data.DataError("test.txt, line 1")}
+    errors["kitti", 1] = RuntimeError("DefaultCPUAllocator: not enough memory")
+    errors["kitti", 2] = runs.OtherImages("it was stopped on other training images")
 
     def score(args):
-        if args.dataset == "dtd":
-            raise data.DataError("test.txt, line 1")
-        if args.seed == 1:
-            raise RuntimeError("DefaultCPUAllocator: not enough memory")
+        if (args.dataset, args.seed) in errors:
+            raise errors[args.dataset, args.seed]
         if not waits:
             raise runs.Busy("another process is at it")
         return 50.0 if args.lr < 1 else None
 
     pretend(monkeypatch, score)
     monkeypatch.setattr("time.sleep", waits.append)
-    out = call("--dataset", "dtd", "kitti", "--lr", 1e-3, 1e30, "--seed", 0, 1)
-    for words in ("dtd: test.txt", "mlae on kitti, seed 0: ", "mlae on kitti, seed 1: "):
+    out = call("--dataset", "dtd", "kitti", "--lr", 1e-3, 1e30, "--seed", 0, 1, 2)
+    seeds = [f"mlae on kitti, seed {seed}: " for seed in range(3)]
+    for words in ("dtd: test.txt", *seeds):
         assert f"left out: {words}" in out
     assert [row["n"] for row in last_rows(out) if row["dataset"] == "kitti"] == [1]
 
@@ -253,6 +261,7 @@ def test_the_tables_formats_agree(all_runs, call):
     for line, row in zip(lines.fillna("").to_dict("records"), rows, strict=True):
         assert {name: suite.from_cell(text) for name, text in line.items()} == row
     latex = call("--table", "runs", "--format", "latex")
+    assert f"% {suite.PROTOCOL}" in latex and "% dtd: originals" in latex
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3
     assert r"smallnorb\_ele & " in latex and r" $\pm$ " in latex
 
@@ -288,13 +297,23 @@ def test_seeds_that_differ_make_no_result(all_runs):
     assert natural["top1"] == pytest.approx(np.mean(own), abs=0.006)
 
 
-def test_damaged_and_unknown_runs_are_named_and_left_out(call, capsys):
-    Path(ran("dtd", 0, 70.0)["run"], "metrics.json").write_text("{")
-    ran("svhn", 0, 60.0)
-    ran("a_new_task", 0, 60.0)
+DAMAGE = [{"seed": "0"}, {"seed": True}, {"official": 1}, {"data": 1}, {"images": "4"}]
+DAMAGE += [{"test_top1": value} for value in (float("nan"), 100.5, True, 70.0)]
+DAMAGE += [{"images": 3}, {"dataset": "a_new_task"}]
+
+
+def test_damaged_and_unknown_runs_are_left_out_in_one_line_each(call, capsys):
+    bad = [ran("dtd", 0, answers=[1, 1, 0, 1]) for _ in [*DAMAGE, None]]
+    for run, damage in zip(bad, DAMAGE, strict=False):
+        edit(run, **damage)
+    Path(bad[-1]["run"], "metrics.json").write_text("{")
+    edit(ran("svhn", 0, 60.0), data="\x1b[2J")
     suite.main(["--table", "runs"])
     out, err = capsys.readouterr()
-    assert table(out)["mlae"] == ["60.00 (1)"] and "a_new_task" in err and "dtd" in err
+    assert table(out)["mlae"] == ["60.00 (1)"] and (out + err).replace("\n", "").isprintable()
+    assert sorted(line.split(" is left")[0] for line in err.splitlines()) == sorted(
+        run["run"] for run in bad
+    )
     Path("other.csv").write_text("a,b\n1,2\n")
     assert "other.csv" in call("--table", "other.csv", ends=2)
 
@@ -325,7 +344,7 @@ def test_a_table_keeps_apart_what_was_tried_and_hides_no_run(call):
         suite.rows_of(suite.read_runs("runs"), ["lr"])
 
 
-def test_paired_differences_are_scipys_in_each_table_by_itself(call):
+def test_paired_differences_are_scipys_in_each_table_by_itself(call, capsys):
     low, high = [90.0, 92.0, 91.0], [89.0, 90.0, 92.5]
     for seed in (2, 0, 1):
         ran("svhn", seed, low[seed], mask_prob=0.0)
@@ -334,7 +353,8 @@ def test_paired_differences_are_scipys_in_each_table_by_itself(call):
     for lr in (0.1, 0.2):
         ran("svhn", 0, 1.0, val=True, mask_prob=0.0, lr=lr)
     rows = suite.rows_of(suite.read_runs("runs"))
-    suite.compare(rows, "--mask-prob=0")  # of val two fit: not compared
+    suite.compare(rows, "--mask-prob=0")  # of val two fit
+    assert "vtab-1k, val is not compared" in capsys.readouterr().err
     (row,) = (row for row in rows if row["against"])
     ends = scipy.stats.ttest_rel(high, low).confidence_interval(0.95)
     assert (row["low"], row["high"]) == pytest.approx(tuple(ends), abs=0.006)
@@ -389,58 +409,16 @@ def test_without_answers_to_the_same_images_the_interval_is_over_seeds_alone(cal
     assert "mlae mask_prob=0.5 on svhn" in err and "on dtd" in err and "on kitti" not in err
 
 
-DAMAGE = [{"seed": "0"}, {"seed": True}, {"official": 1}, {"data": "\x1b[2J"}, {"data": 1}]
-DAMAGE += [{"test_top1": value} for value in (float("nan"), 100.5, True, 70.0)]
-DAMAGE += [{"images": "4"}, {"images": 3}]
-
-
-@pytest.mark.parametrize("damage", DAMAGE, ids=str)
-def test_a_damaged_result_is_left_out_in_one_line(call, capsys, damage):
-    folder = Path(ran("dtd", 0, answers=[1, 1, 0, 1])["run"])
-    ran("svhn", 0, 60.0)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    (folder / "metrics.json").write_text(json.dumps(metrics | damage))
-    suite.main(["--table", "runs"])
-    out, err = capsys.readouterr()
-    assert table(out)["mlae"] == ["60.00 (1)"] and (out + err).replace("\n", "").isprintable()
-    assert err.count("\n") == 1 and str(folder) in err
-
-
 def test_a_table_says_what_it_does_not_show(call, capsys):
     for lr in (0.1, 0.2):
         ran("svhn", 0, 90.0, val=True, lr=lr)
-    old = ran("svhn", 0, 80.0, lr=0.1)["run"]
+    old = Path(ran("svhn", 0, 80.0, lr=0.1)["run"])
     ran("svhn", 0, 81.0, lr=0.1)
     ran("dtd", 0, 70.0, lr=0.1)  # as it was run: nothing was searched for it
-    config = Path(old, "config.json")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"code": "other"}))
+    config = json.loads((old / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps(config | {"code": "other"}))
     suite.main(["--table", "runs", "--choose", "lr"])
     out, err = capsys.readouterr()
-    assert f"hide {Path(old).relative_to('runs')}" in err and "2 versions of the code" in err
-    assert [line.split(": ")[0] for line in out.splitlines() if "chosen on" in line] == [
-        "svhn, mlae"
-    ]
-    assert "dtd, mlae: lr 0.1 as run" in out
-
-
-def test_what_was_not_compared_is_said_and_latex_has_its_protocol(call, capsys):
-    for lr in (0.1, 0.2):
-        ran("svhn", 0, 90.0, val=True, lr=lr)
-    for p in (0.0, 0.5):
-        ran("svhn", 0, 80.0, mask_prob=p)
-    suite.main(["--table", "runs", "--against", "mask_prob=0", "--format", "latex"])
-    out, err = capsys.readouterr()
-    assert "vtab-1k, val is not compared" in err
-    assert f"% {suite.PROTOCOL}" in out and "% svhn: originals" in out
-
-
-def test_a_run_that_was_stopped_on_other_images_leaves_out_no_other_run(call, monkeypatch):
-    def score(args):
-        if args.seed == 0:
-            raise runs.OtherImages("it was stopped on other training images")
-        return 50.0
-
-    pretend(monkeypatch, score)
-    out = call("--seed", 0, 1)
-    assert "left out: mlae on digits, seed 0: it was stopped" in out
-    assert last_rows(out)[0]["seeds"] == [1]
+    assert f"hide {old.relative_to('runs')}" in err and "2 versions of the code" in err
+    lines = [line.split(": ")[0] for line in out.splitlines() if "chosen on" in line]
+    assert lines == ["svhn, mlae"] and "dtd, mlae: lr 0.1 as run" in out
