@@ -109,12 +109,8 @@ def row_of(folder: str | Path, out: str | Path) -> dict:
     with runs.reading(folder):
         own, task = config["identity"], metrics["dataset"]
         split = "val" if own.get("val") else "test"
-        top1 = metrics[f"{split}_top1"]
         if own["method"] not in METHODS or (task not in data.TASKS and data.FOLDER not in own):
             raise ValueError(f"{own['method']} on {task} is unknown here")
-        kinds = type(top1), type(metrics["seed"]), type(metrics["official"])
-        if kinds != (float, int, bool) or not 0 <= top1 <= 100:
-            raise ValueError("its seed, top-1 or official cannot be right")
         benchmark = data.OWN if data.FOLDER in own else data.TASKS[task].benchmark
         if data.FOLDER in own:  # folders of one name differ by their digests
             task = printable(f"{task} {own[data.FOLDER][:6]}")
@@ -124,15 +120,16 @@ def row_of(folder: str | Path, out: str | Path) -> dict:
         row |= {"weights": printable(metrics.pop("model")), "official": metrics["official"]}
         row |= {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
         row.pop("digests", None)  # they are long, and the task's
+        row |= {"top1": float(row["top1"]), "run": folder.relative_to(out).as_posix()}
         row["data"] = printable(" ".join(metrics["data"].split()))
-        row["run"] = folder.relative_to(out).as_posix()
         row |= {"similarity": last.get("similarity"), "train_top1": last.get("train_top1")}
         row |= {"train_loss": last.get("loss"), "device": config.get("device")}
         row |= {"processes": config.get("processes")} | config.get("versions", {})
         row |= {"commit": config.get("git"), "code": config.get("code"), "correct": None}
         if answers.exists():
             packed = np.load(regular(answers))  # (N / 8,)
-            if abs(100 * np.unpackbits(packed, count=row["images"]).mean() - top1) > 0.01:
+            right = np.unpackbits(packed, count=row["images"])  # (N,)
+            if abs(100 * right.mean() - row["top1"]) > 0.01:
                 raise ValueError("correct.npy has other answers than those that were scored")
             row["correct"] = base64.b64encode(packed).decode()
     return row
@@ -283,16 +280,16 @@ def interval(values: Sequence[float]) -> tuple[float, float | None, float | None
     return mean, float(mean - half), float(mean + half)
 
 
-def image_interval(a: list[dict], b: list[dict]) -> tuple[float, float] | None:
-    """(low, high): the 95 % interval, in points, of the mean top-1 of runs a minus that of runs b of
-    the same seeds, over seeds and images together; None if not all have answers to the same images.
+def image_interval(a: list[dict], b: list[dict]) -> list[float]:
+    """[low, high]: the 95 % interval, in points, of the mean top-1 of runs a minus that of runs b of
+    the same seeds, over seeds and images together; [] if not all have answers to the same images.
 
     It lies between the percentiles 2.5 and 97.5 of 10,000 means (a paired bootstrap). Each is over
     seeds drawn with replacement, and images drawn so, the same for all its seeds. Of few seeds it
     is too narrow: it draws sqrt((S - 1) / S) of the spread over S seeds."""
     is_other = len({run.get("digest") for run in [*a, *b]}) > 1
     if is_other or not all(run.get("correct") for run in [*a, *b]):
-        return None
+        return []
     packed = [np.frombuffer(base64.b64decode(run["correct"]), np.uint8) for run in [*a, *b]]
     right = np.unpackbits(np.stack(packed), axis=1, count=a[0]["images"])  # (2 S, N)
     differences = np.subtract(*np.split(right.astype(np.int8), 2))  # (S, N) of -1, 0, 1
@@ -304,7 +301,7 @@ def image_interval(a: list[dict], b: list[dict]) -> tuple[float, float] | None:
         drawn_images = generator.multinomial(images, counts / images, 1000)  # (1000, K)
         sums = (drawn_seeds @ kinds * drawn_images).sum(1)  # (1000,)
         means.append(100 * sums / (seeds * images))
-    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+    return np.percentile(means, [2.5, 97.5]).tolist()
 
 
 def compare(rows: list[dict], words: str) -> None:
@@ -329,15 +326,14 @@ def compare(rows: list[dict], words: str) -> None:
                 continue
             seeds = sorted(row["scores"].keys() & other["scores"].keys())
             row |= {"against": fit[0], "pairs": len(seeds)}
-            numbers = [row["scores"][seed] - other["scores"][seed] for seed in seeds]
-            numbers = [*interval(numbers)] if seeds else []
+            paired = [row["scores"][seed] - other["scores"][seed] for seed in seeds]
+            numbers, ends = interval(paired) if seeds else (), ()
             if row["of"] == 1 and len(seeds) > 1:
-                both = [[one["runs"][seed] for seed in seeds] for one in (row, other)]
-                ends = image_interval(*both)
-                numbers += ends or []
+                own, rival = ([one["runs"][seed] for seed in seeds] for one in (row, other))
+                ends = image_interval(own, rival)
                 unknown += [] if ends else [f"{row['configuration']} on {row['task']}"]
-            for (name, digits), value in zip(COMPARED.items(), numbers, strict=False):
-                row[name] = None if value is None else round(value, digits) + 0.0  # no -0.0
+            for name, value in zip(COMPARED, (*numbers, *ends), strict=False):
+                row[name] = None if value is None else round(value, COMPARED[name]) + 0.0  # no -0.0
     if not any(row["against"] for row in rows):
         names = ", ".join(found or sorted({row["configuration"] for row in rows}))
         problem = "fits several" if found else "fits none"
@@ -388,8 +384,8 @@ def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = (), searched=False)
                 raise RunError(f"--choose {name}: {task}, seed {seed}, has {' and '.join(values)}")
     hidden = list(found["run"][found.duplicated(place, keep="last")])
     if hidden:
-        note = f"note: newer runs of the same settings hide {few(hidden)}"
-        print(printable(note), file=sys.stderr)
+        what = printable(few(hidden))
+        print(f"note: newer runs of the same settings hide {what}", file=sys.stderr)
     found = found.drop_duplicates(place, keep="last")
     tried = found[found["split"] == "val"].groupby(["task", "method"]).groups
 
@@ -542,9 +538,8 @@ def run_suite(args: argparse.Namespace, names: list[str]) -> list[str]:
     RunError if one of these has not several values, or no run was possible."""
     left_out, todo = {}, []
     if names:
-        several = {
-            key for key, value in vars(args).items() if isinstance(value, list) and value[1:]
-        }
+        flags = vars(args)
+        several = {name for name in flags if isinstance(flags[name], list) and flags[name][1:]}
         several -= {"dataset", "method", "seed", "search_seed"}
         for name in names:
             if name not in several:
@@ -553,9 +548,9 @@ def run_suite(args: argparse.Namespace, names: list[str]) -> list[str]:
             raise RunError("--choose scores val200 by itself: leave --val out")
         # what tells choices apart: other flags with several values, and given ones of the methods
         of_methods = {"targets"}.union(*(method.settings for method in METHODS.values()))
-        given = {name for name in of_methods if getattr(args, name, None) is not None}
-        others = [name for name in vars(args) if name in (several | given) - set(names)]
-        tried = argparse.Namespace(**vars(args) | {"val": True, "seed": args.search_seed})
+        given = {name for name in of_methods if flags.get(name) is not None}
+        others = [name for name in flags if name in (several | given) - set(names)]
+        tried = argparse.Namespace(**flags | {"val": True, "seed": args.search_seed})
         for settings in choose(run_all(combinations(tried), left_out), names, others):
             for seed in args.seed if isinstance(args.seed, list) else [args.seed]:
                 todo.append(argparse.Namespace(**settings | {"val": False, "seed": seed}))

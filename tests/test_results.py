@@ -17,7 +17,7 @@ MADE = (RESULTS / "README.md").read_text()  # how the runs were made
 # a mean, one seed, or a line of train.py and eval.py; accuracies have two digits, similarities three
 NUMBER = r"\d+\.\d{2,3} ± \d+\.\d{2,3}|\d+\.\d{2,3} \(1\)"
 NUMBER += r"|(?:test top-1|mean over classes) \d+\.\d\d %"
-DIFFERENCE = r"[+-]?\d+\.\d\d \[-?\d+\.\d\d, -?\d+\.\d\d\]"
+DIFFERENCE = r"[+-]?\d+\.\d\d \[-?\d+\.\d\d, -?\d+\.\d\d\]|with images \[[\d., -]*\]"
 CHOSEN = re.compile(r"^chosen on val200, (\S+) on (\S+).*: lr=(\S+) of (.*)", re.MULTILINE)
 
 
@@ -56,19 +56,24 @@ def test_every_number_on_the_pages_is_a_result(files, tables):
         numbers |= {f"test top-1 {top1:.2f} %" for top1 in found["top1"]}
         for mean in found.get("mean_class_top1", []):
             numbers.add(f"mean over classes {mean or 0:.2f} %")
-        tested = {}  # {task: the scores by seed of each configuration}
+        tested = {}  # {task: the runs by seed of each configuration}
         for _, runs in found.groupby(but(found, "seed")):
             numbers.add(spread(runs["top1"]))
             if "similarity" in runs:
                 numbers.add(spread(runs["similarity"].dropna(), 3))
             if runs["split"].iloc[0] == "test":
-                scores = dict(zip(runs["seed"], runs["top1"], strict=True))
-                tested.setdefault(runs["task"].iloc[0], []).append(scores)
+                by_seed = {run["seed"]: run for run in runs.to_dict("records")}
+                tested.setdefault(runs["task"].iloc[0], []).append(by_seed)
         for rivals in tested.values():
             for a, b in itertools.permutations(rivals, 2):
-                mean, low, high, n = suite.paired_difference(a, b)
-                if n > 1:
+                seeds = sorted(a.keys() & b.keys())
+                a, b = ([one[seed] for seed in seeds] for one in (a, b))
+                if len(a) > 1:
+                    paired = [one["top1"] - other["top1"] for one, other in zip(a, b, strict=True)]
+                    mean, low, high = suite.interval(paired)
                     differences.add(f"{round(mean, 2) + 0.0:+.2f} [{low:.2f}, {high:.2f}]")
+                    ends = [round(end, 1) + 0.0 for end in suite.image_interval(a, b)]
+                    differences.add(f"with images {ends}")
     pruned = pandas.read_csv(RESULTS / "pruning.csv").groupby(["mask_prob", "experts"])
     numbers |= {spread(top1) for _, top1 in pruned["test_top1"]}
     for page in tables.PAGES:
