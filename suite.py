@@ -325,15 +325,16 @@ def compare(rows: list[dict], words: str) -> None:
             if other is row or row["of"] > 1 and not (row["official"] and other["official"]):
                 continue
             seeds = sorted(row["scores"].keys() & other["scores"].keys())
-            row |= {"against": fit[0], "pairs": len(seeds)}
+            row |= {"against": fit[0], "pairs": len(seeds), **dict.fromkeys(COMPARED)}
             paired = [row["scores"][seed] - other["scores"][seed] for seed in seeds]
             numbers, ends = interval(paired) if seeds else (), ()
             if row["of"] == 1 and len(seeds) > 1:
                 own, rival = ([one["runs"][seed] for seed in seeds] for one in (row, other))
                 ends = image_interval(own, rival)
                 unknown += [] if ends else [f"{row['configuration']} on {row['task']}"]
-            for name, value in zip(COMPARED, (*numbers, *ends), strict=False):
-                row[name] = None if value is None else round(value, COMPARED[name]) + 0.0  # no -0.0
+            for name, value in zip(COMPARED, [*numbers, *ends], strict=False):
+                if value is not None:
+                    row[name] = round(value, COMPARED[name]) + 0.0  # no -0.0
     if not any(row["against"] for row in rows):
         names = ", ".join(found or sorted({row["configuration"] for row in rows}))
         problem = "fits several" if found else "fits none"
