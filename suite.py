@@ -418,7 +418,7 @@ def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = (), searched=False)
             for what, (members, of) in lines.items():
                 same, values = own[own["task"] == what], scores[members].dropna(how="all")
                 n = int(min(values.count(), default=0))  # of values (seeds, tasks)
-                part_of = group_of if what == "mean of groups" else str  # itself
+                part_of = group_of if what == "mean of groups" else str  # each is its own part
                 row = common | {"group": "mean", "task": what, "official": False}
                 row |= {"data": "; ".join(sorted(set(same["data"]))), "chosen": {}, "top1": None}
                 row |= {"std": None, "seeds": [], "n": n, "tasks": len(members), "of": of}
