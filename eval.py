@@ -192,9 +192,9 @@ def images_to_test(place: Path, config: dict, names: list[str]) -> Images:
     if not files:
         raise DataError(f"--test {place}: there is no folder of a class with images in it")
     images = Images(files, labels, args.img_size, augment=args.augment, upright=True)
-    images.folder, images.are_others = str(place), True
-    images.description = f"{len(files)} images of {len(set(labels))} classes in {place}"
     images.folder = str(place)
+    images.description = f"{len(files)} images of {len(set(labels))} classes in {place}"
+    return images
 
 
 def images_to_predict(places: list[Path], img_size: int, augment: str) -> Images:

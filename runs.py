@@ -146,8 +146,8 @@ SIDE = number(int, 1, LARGEST + 1, f"from 1 to {LARGEST}")
 FRACTION = number(float, 0, 1, "in [0, 1)")
 ONE_SETTING = "expected one number, or target=number once for each target"
 SHARE = number(float, math.ulp(0.0), 1, "in (0, 1)")
-POSITIVE = number(float, math.ulp(0.0), math.inf, "above 0")
-SIZE = number(float, 0, math.inf, "0 or more")
+POSITIVE = number(float, math.ulp(0.0), 3.4e38, "above 0 and of float32")
+SIZE = number(float, 0, 3.4e38, "0 or more and of float32")
 
 
 def amount(text: str) -> int:

@@ -81,8 +81,8 @@ def first() -> pandas.DataFrame:
         for name in ("linear", "LoRA", "MLAE, p = 0.5", "full"):
             folder = of_mlae if name.startswith("MLAE") else of_others
             scores[name] = tested(folder, task, *COLUMNS[name]).set_index("seed")["top1"]
-        a, b = (scores[name].to_dict() for name in ("MLAE, p = 0.5", "LoRA"))
-        mean, low, high, _ = suite.paired_difference(a, b)
+        paired = scores["MLAE, p = 0.5"].astype(float) - scores["LoRA"].astype(float)  # by seed
+        mean, low, high = suite.interval(paired.tolist())
         cells[row] = {name: spread(top1) for name, top1 in scores.items()}
         cells[row]["MLAE - LoRA, paired [95 %]"] = f"{mean:+.2f} [{low:.2f}, {high:.2f}]"
     return pandas.DataFrame(cells).T.rename_axis("")

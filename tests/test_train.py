@@ -25,7 +25,7 @@ import model as models
 import runs
 import train
 
-FILES = {"config.json", "log.csv", "metrics.json", "adapter.safetensors"}
+FILES = {"config.json", "log.csv", "metrics.json", "adapter.safetensors", "correct.npy"}
 QUICK = ["--device", "cpu", "--epochs", "2", "--img-size", "14"]
 
 
@@ -458,7 +458,7 @@ def test_killed_at_any_moment_and_resumed(run):
         assert_same_run(whole, resumed)
         files = {path.name for path in Path(resumed["run"]).iterdir()}
         assert files - {"lock"} == FILES, number  # a lock without a holder does no harm
-    assert number > 7  # config, twice log and state, adapter, metrics
+    assert number > 8  # config, twice log and state, adapter, answers, metrics
 
 
 def test_sigterm_ends_like_ctrl_c_and_a_second_process_stops(capsys):
