@@ -15,6 +15,8 @@ import tasks
 import train
 
 torch.set_num_threads(1)  # as in the processes that tests fork; small models gain nothing by two
+# if torch.compile's backward were the first one, a process that forks later could have none
+torch.ones((), requires_grad=True).backward()
 
 
 def pytest_configure(config):
