@@ -37,7 +37,6 @@ class Method:
     # paths of the layers, settings -> the keywords of `from_linear` for each layer
     layer_settings: Callable = lambda names, settings: [settings] * len(names)
     frozen: Callable = lambda settings: ()  # names of the layer's parameters that do not train
-    lr_factor: Callable = lambda name, settings: 1.0  # of a parameter, over the rate of the rest
     # name of a parameter of the backbone, its module -> whether it trains too; None: none does
     unfreezes: Callable[[str, nn.Module], bool] | None = None
     targets: tuple[str, ...] = ("attn.qkv",)  # the layers that it adapts unless told otherwise
@@ -499,9 +498,6 @@ METHODS: dict[str, Method] = {
         },
         layer_settings=mlae_plan,
         frozen=lambda settings: ("lora_lambda",) if settings["freeze_lambda"] else (),
-        lr_factor=lambda name, settings: (
-            settings["lambda_lr"] if name.endswith("lora_lambda") else 1.0
-        ),
         before_step=mlae_schedule,
         after_epoch=mlae_log,
     ),

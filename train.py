@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,19 +50,19 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, factor=lambda name: 1.0) -> list[dict]:
-    """What trains: matrices with weight decay; vectors, and what timm exempts, without. `factor`
-    gives a parameter's learning rate, by its name, over that of the rest."""
+def parameter_groups(model: nn.Module, weight_decay: float, lambda_lr: float = 1.0) -> list[dict]:
+    """What trains: matrices with weight decay; vectors, and what timm exempts, without. `factor` is
+    a group's learning rate over that of the rest, `lambda_lr` for lambda."""
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     groups: dict[tuple, list] = {(weight_decay, 1.0): [], (0.0, 1.0): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and name not in exempt
-            key = weight_decay if decays else 0.0, factor(name)
-            groups.setdefault(key, []).append(parameter)
+            factor = lambda_lr if name.endswith("lora_lambda") else 1.0
+            groups.setdefault((weight_decay if decays else 0.0, factor), []).append(parameter)
     made = []
-    for (decay, rate), params in groups.items():
-        made.append({"params": params, "weight_decay": decay, "factor": rate})
+    for (decay, factor), params in groups.items():
+        made.append({"params": params, "weight_decay": decay, "factor": factor})
     return made
 
 
@@ -265,8 +264,8 @@ def train_and_score(args, folder: Path, own: dict, before: dict | None, load: Ca
     counts = models.count_parameters(model)
 
     # --- optimizer and schedule ---
-    factor = partial(method.lr_factor, settings=model.method_settings)
-    groups = parameter_groups(model, args.weight_decay, factor)
+    lambda_lr = model.method_settings.get("lambda_lr", 1.0)
+    groups = parameter_groups(model, args.weight_decay, lambda_lr)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)  # one call for all tensors
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # no image is dropped
