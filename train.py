@@ -8,7 +8,7 @@
 Several tasks, seeds or settings: suite.py takes the same flags. On a CPU take a small model at a
 small size: `--model vit_small_patch14_dinov2 --img-size 98 --epochs 10`.
 
-A run leaves config.json, log.csv, adapter.safetensors and metrics.json in runs/<dataset>/<name>/.
+A run leaves its files in runs/<dataset>/<name>/ (docs/running.md).
 The last weights are scored, once, at the end; no epoch is chosen. `python eval.py RUN` scores a
 run again.
 """
