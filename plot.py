@@ -1,14 +1,14 @@
 """Pictures of one run or of many.
 
-    python plot.py runs/digits/mlae-vit_nano-seed0-...       # all that this run can have, into it
-    python plot.py A B --only experts --out experts.png      # one file; alone it means the curves
+    python plot.py runs/digits/mlae-vit_nano-seed0-...       # every picture of it, into its folder
+    python plot.py A B --only experts --out experts.png      # one file; without --only: the curves
     python plot.py --sweep mask-prob runs                    # accuracy over a setting of a suite
     python plot.py --sweep lr results/real.csv --out docs    # the same from a table of runs
 
 curves: loss, training accuracy and the experts' similarity over the epochs. experts: their
 similarity in each layer, lambda and importance. masks: what is masked. attention: what the class
-token looks at, before and after. confusion: which classes are taken for which. Runs that differ in
-nothing but the seed are one line with a band; other pictures show the first of these.
+token looks at, before and after training. confusion: which classes are taken for which. Runs that
+differ in the seed alone are one line with a band in curves; other pictures show the first of them.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class NoPicture(RunError):
 
 @dataclass
 class Run:
-    """A configuration, and what each of PICTURES shows of it. Of the folders, one for each seed, the
-    first is looked into; `data_dir` and `checkpoint` say where these are now."""
+    """A configuration, and what each of PICTURES shows of it. Of the folders, one for each seed,
+    the first is looked into; `data_dir` and `checkpoint` say where these are now."""
 
     name: str
     folders: list[Path]
@@ -215,7 +215,7 @@ def group(folders: list[Path], *places) -> list[Run]:
 @torch.no_grad()
 def class_attention(model: nn.Module, x: Tensor) -> Tensor:
     """How the class token of the last block shares its attention out to the patches, the mean over
-    heads (B, side, side), on the CPU. x: (B, 3, S, S), normalized. NoPicture where timm cannot say."""
+    heads (B, side, side), on the CPU. x: (B, 3, S, S), normalised. NoPicture if timm cannot say."""
     if getattr(model, "cls_token", None) is None:
         raise NoPicture(f"{architecture(model)} has no class token")
     model = copy.deepcopy(model)  # the hooks stay on the copy
@@ -476,11 +476,12 @@ def draw_sweep(sweeps: dict[tuple, pandas.DataFrame], setting: str):
 def main(argv: list[str] | None = None) -> None:
     parser = runs.new_parser("plot.py", __doc__)
     flag = parser.add_argument
-    flag("runs", nargs="+", type=Path, help="folders of runs; for --sweep tables as runs.csv too")
-    flag("--only", nargs="+", choices=PICTURES, metavar="KIND", help=f"of {', '.join(PICTURES)}")
-    flag("--out", type=Path, help="a folder, or the file of one picture (default: the first run)")
-    flag("--format", choices=FORMATS, help="default: png, or that of --out")
-    flag("--sweep", metavar="SETTING", help="accuracy over a setting, as in mask-prob or lr")
+    flag("runs", nargs="+", type=Path, help="folders of runs; for --sweep also csv files of runs")
+    words = f"which pictures: {', '.join(PICTURES)} (default: all)"
+    flag("--only", nargs="+", choices=PICTURES, metavar="KIND", help=words)
+    flag("--out", type=Path, help="folder, or file of one picture (default: that of the first run)")
+    flag("--format", choices=FORMATS, help="format (default: png, or the ending of --out)")
+    flag("--sweep", metavar="SETTING", help="draw accuracy over it, for example mask-prob or lr")
     flag("--data-dir", help="where the data are now (default: where they were in training)")
     flag("--checkpoint", help="where the backbone's file is now (default: where it was)")
     flag("--device", choices=runs.DEVICES, default="auto", help="default: auto, the fastest here")
@@ -490,6 +491,7 @@ def main(argv: list[str] | None = None) -> None:
         is_file = args.out and args.out.suffix[1:] in FORMATS and not args.out.is_dir()
         if args.sweep:
             setting = args.sweep.lstrip("-").replace("-", "_")
+            setting = runs.RENAMED.get(setting, setting)
             table, members = read_runs(*args.runs), []
             if table.empty:
                 raise RunError(f"--sweep: no finished run in {' '.join(map(str, args.runs))}")
@@ -505,7 +507,7 @@ def main(argv: list[str] | None = None) -> None:
             place = place if args.out or place.is_dir() else place.parent  # of a table of runs
             place.mkdir(parents=True, exist_ok=True)
         elif len(kinds) > 1 or args.format not in (None, place.suffix[1:]):
-            raise RunError(f"--out {place}: a file is one --only picture, in its own --format")
+            raise RunError(f"--out {place}: a file is one picture: use --only, leave --format out")
 
         for kind in kinds:
             found = {}  # what each run shows

@@ -52,6 +52,7 @@ SHORT = {"mask_prob": "p", "rank": "r", "lr": "lr"}  # shown in the folder's nam
 PADDING = -100  # the label of an image that only fills up a rank's part of a batch
 GOES_ON = {"train.py": " with --resume", "suite.py": ""}  # the same command goes on
 BY_DIGEST = {*PLACE, *data.FOLDER_FLAGS, "checkpoint", "dataset"}  # the identity has these or none
+RENAMED = {"mask_pattern": "pattern", "mask_schedule": "schedule"}  # flag -> setting
 OUT_OF_MEMORY = "out of memory: --grad-checkpoint needs less, or --accumulate 4, or --batch-size 32"
 NO_MEMORY = ("out of memory", "not enough memory", "DefaultCPUAllocator", "ALLOC_FAILED")
 
@@ -81,7 +82,7 @@ def out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def one_line(script: str) -> Iterator[None]:
-    """What a user can mend ends in one line and exit code 2, Ctrl-C and SIGTERM in a hint and 130."""
+    """What a user can mend ends in a line and exit code 2, Ctrl-C and SIGTERM in a hint and 130."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no text
     # SIGTERM: a queue's time is over. Ranks but the first have nothing to tidy up.
@@ -103,6 +104,8 @@ def one_line(script: str) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         message = OUT_OF_MEMORY
+        if script in ("eval.py", "plot.py"):  # which have none of these flags
+            message = "out of memory: close other programs, or try --device cpu"
     except KeyboardInterrupt:
         hint = f": the same command{GOES_ON[script]} goes on" if script in GOES_ON else ""
         print(f"interrupted{hint}", file=sys.stderr)
@@ -143,11 +146,11 @@ def number(kind: type, low: float, high: float, expected: str) -> Callable:
 COUNT = number(int, 1, 2**31, "1 or more")
 WHOLE = number(int, 0, 2**31, f"from 0 to {2**31 - 1}")
 SIDE = number(int, 1, LARGEST + 1, f"from 1 to {LARGEST}")
-FRACTION = number(float, 0, 1, "in [0, 1)")
-ONE_SETTING = "expected one number, or target=number once for each target"
-SHARE = number(float, math.ulp(0.0), 1, "in (0, 1)")
-POSITIVE = number(float, math.ulp(0.0), 3.4e38, "above 0 and of float32")
-SIZE = number(float, 0, 3.4e38, "0 or more and of float32")
+FRACTION = number(float, 0, 1, "0 or more and below 1")
+ONE_SETTING = "give one number, or target=number once for each target"
+SHARE = number(float, math.ulp(0.0), 1, "between 0 and 1")
+POSITIVE = number(float, math.ulp(0.0), 3.4e38, "above 0 and below 3.4e38")
+SIZE = number(float, 0, 3.4e38, "0 or more and below 3.4e38")
 
 
 def amount(text: str) -> int:
@@ -217,70 +220,77 @@ def add_flags(group: Callable[[str], Callable]) -> None:
     on = {"action": "store_true"}
     flag = titled("data")
     flag("--dataset", "a task, or a folder of your own images", default="digits")
-    flag("--data-dir", "where data lie", type=os.path.abspath, default="data")
-    flag("--source", "auto: originals if they can be had", choices=data.SOURCES, default="auto")
+    flag("--data-dir", "folder of the data sets", type=os.path.abspath, default="data")
+    words = "which copy of VTAB-1k to read; auto: the originals, else the prepared folder"
+    flag("--source", words, choices=data.SOURCES, default="auto")
     flag("--img-size", "side in pixels (default: the model's own)", type=SIDE)
     norms = {"choices": ["imagenet", "none", "model"], "default": "imagenet"}
-    flag("--normalize", "mean and std of the inputs; most published numbers: imagenet", **norms)
+    flag("--normalize", "mean and std to normalise with; most published results: imagenet", **norms)
     crops = {"choices": [*data.AUGMENT, "auto"], "default": "auto"}
-    flag("--augment", "auto: FGVC and own images crop, others none", **crops)
+    flag("--augment", "vary training images; auto: crop for FGVC and your own, else none", **crops)
     flag = titled("your own images")
-    flag("--test-share", "of each class, without test/ and val/", type=SHARE, default=0.2)
-    flag("--val-share", "of each class's training images, for --val", type=SHARE, default=0.2)
-    flag("--split-seed", "draws these shares", type=WHOLE, default=0)
-    flag("--skip-bad-images", "leave out what cannot be read (default: stop and name it)", **on)
+    share = {"type": SHARE, "default": 0.2}
+    flag("--test-share", "share of each class for testing, if there is no test/ or val/", **share)
+    flag("--val-share", "share of training images for --val, unless val/ and test/ exist", **share)
+    flag("--split-seed", "seed of the draw of these shares", type=WHOLE, default=0)
+    flag("--skip-bad-images", "leave out unreadable images (default: stop and name them)", **on)
     flag = titled("model")
-    flag("--model", "timm name with its tag (default: the paper's ViT-B/16; digits: vit_nano)")
-    flag("--checkpoint", "local .safetensors, .pth or .npz", type=os.path.abspath)
+    flag("--model", "timm model, by name and tag (default: the paper's ViT-B/16; digits: vit_nano)")
+    flag("--checkpoint", "pre-trained weights: .safetensors, .pth or .npz", type=os.path.abspath)
     flag("--no-pretrained", "start from random weights", **on)
     flag = titled("method")
     words = "; ".join(f"{name}: {row.trains}" for name, row in METHODS.items())
     flag("--method", words, default=MAIN)
-    flag("--targets", "ends of the layers' names (default: attn.qkv)", nargs="+", metavar="PATH")
+    words = "layers to adapt, by the ends of their names (default: the method's, mostly attn.qkv)"
+    flag("--targets", words, nargs="+", metavar="PATH")
     flag("--rank", "experts per layer", type=COUNT)
-    flag("--budget", "take the rank that trains about N, as in 0.3M", type=amount, metavar="N")
-    flag("--coef-init", "first lambda; lora and rmlora: alpha / rank", type=POSITIVE)
+    words = "choose the rank that trains about N parameters without the head, for example 0.3M"
+    flag("--budget", words, type=amount, metavar="N")
+    flag("--coef-init", "start of lambda; lora, rmlora: fixed scale, alpha / rank", type=POSITIVE)
     flag = titled("masking")
-    words = "masking probability p, or one for each target, as in attn.qkv=0.5 mlp.fc1=0.3"
+    words = "masking probability p, or one for each target: attn.qkv=0.5,mlp.fc1=0.3"
     flag("--mask-prob", words, nargs="+", type=by_target, action=OneSetting, metavar="P")
-    flag("--masking", "a new mask each step, one for good, or both", choices=list(MASKINGS))
-    flag("--mask-pattern", "p over depth", dest="pattern", choices=list(PATTERNS))
-    flag("--mask-schedule", "p over training", dest="schedule", choices=list(SCHEDULES))
-    flag("--freeze-lambda", "lambda stays as it starts, as in lora", **on | {"default": None})
-    flag("--lambda-lr", "learning rate of lambda over the rest's", type=POSITIVE, metavar="FACTOR")
+    words = "stochastic: a new mask at each step; fixed: one mask for the whole run; mixed: both"
+    flag("--masking", words, choices=list(MASKINGS))
+    words = "how p changes from the first layer to the last; random: it does not"
+    flag("--mask-pattern", words, dest="pattern", choices=list(PATTERNS))
+    flag("--mask-schedule", "how p changes in training", dest="schedule", choices=list(SCHEDULES))
+    flag("--freeze-lambda", "do not train lambda", **on | {"default": None})
+    flag("--lambda-lr", "learning rate of lambda: FACTOR x --lr", type=POSITIVE, metavar="FACTOR")
     flag = titled("other methods")
-    flag("--lora-dropout", "lora: of the adapter's input, as in PEFT", type=FRACTION)
-    flag("--penalty-weight", "rmlora: of the orthogonality penalty", type=SIZE)
-    flag("--active-ranks", "rmlora: ranks of a layer that learn at a step", type=COUNT)
-    flag(
-        "--variant", "rmlora: A and B learn the same ranks (1) or not (2)", type=int, choices=[1, 2]
-    )
+    flag("--lora-dropout", "lora: dropout on the adapter's input, as PEFT has it", type=FRACTION)
+    flag("--penalty-weight", "rmlora: weight of the orthogonality penalty", type=SIZE)
+    flag("--active-ranks", "rmlora: how many ranks of a layer learn at each step", type=COUNT)
+    words = "rmlora: at a step A and B learn the same ranks (1) or ranks drawn separately (2)"
+    flag("--variant", words, type=int, choices=[1, 2])
     flag("--num-experts", "mor: experts that share one LoRA", type=COUNT)
-    flag("--sparsity", "snell, snella: share of an update dropped in the end", type=FRACTION)
-    flag("--start-sparsity", "snella: share dropped at the start", type=FRACTION)
-    flag("--gate", "snell, snella: as in the authors' code or paper", choices=["code", "paper"])
+    flag("--sparsity", "snell, snella: share of the update that is zero at the end", type=FRACTION)
+    flag("--start-sparsity", "snella: that share at the start", type=FRACTION)
+    flag("--gate", "snell, snella: gate of the authors' code or paper", choices=["code", "paper"])
     flag = titled("optimisation")
-    flag("--epochs", "passes over the images (default: 100; digits 20, own 30)", type=COUNT)
-    flag("--batch-size", "images per step; none is dropped", type=COUNT, default=64)
-    flag("--lr", "AdamW's peak (default: 1e-3, as common; digits: 8e-3)", type=POSITIVE)
-    flag("--weight-decay", "of matrices", type=FRACTION, default=1e-4)
-    flag("--warmup-epochs", "linear, then cosine to 0 (default: a tenth of all)", type=float)
-    flag("--drop-path", "stochastic depth (default: 0; often 0.1)", type=FRACTION)
-    flag("--label-smoothing", "share of the label spread over all", type=FRACTION, default=0.0)
+    flag("--epochs", "passes over the images (default: 100; digits: 20; your own: 30)", type=COUNT)
+    flag("--batch-size", "images per step; the last batch may be smaller", type=COUNT, default=64)
+    flag("--lr", "highest learning rate of AdamW (default: 1e-3; digits: 8e-3)", type=POSITIVE)
+    flag("--weight-decay", "weight decay of matrices, not of vectors", type=FRACTION, default=1e-4)
+    words = "epochs in which the rate rises to --lr; then a cosine to 0 (default: a tenth of all)"
+    flag("--warmup-epochs", words, type=float)
+    flag("--drop-path", "highest chance to skip a block in training (default: 0)", type=FRACTION)
+    flag("--label-smoothing", "share of each label spread over classes", type=FRACTION, default=0.0)
     flag = titled("run")
-    flag("--seed", "of all that is drawn", type=WHOLE, default=0)
-    flag("--val", "to choose settings: train on 800, score val200", **on)
+    flag("--seed", "seed of all random numbers of the run", type=WHOLE, default=0)
+    flag("--val", "to choose settings: train on train (VTAB-1k: 800), score val, not test", **on)
     flag("--amp", "mixed precision; auto: bf16 on CUDA", choices=AMP, default="auto")
-    flag("--compile", "torch.compile (takes longer than the demo)", **on)
-    flag("--graph", "auto: a step is one CUDA graph", choices=["auto", "off"], default="auto")
-    flag("--grad-checkpoint", "recompute blocks: less memory, more time", **on)
+    flag("--compile", "use torch.compile; compiling takes longer than the whole demo", **on)
+    words = "auto: run forward and backward as one CUDA graph where possible, which is faster"
+    flag("--graph", words, choices=["auto", "off"], default="auto")
+    flag("--grad-checkpoint", "recompute blocks in the backward pass: less memory, more time", **on)
     split = {"type": COUNT, "default": 1, "metavar": "N"}
     flag("--accumulate", "split each batch into N parts; each draws its own mask", **split)
-    flag("--device", "auto: the fastest here", choices=DEVICES, default="auto")
-    flag("--workers", "image-decoding processes (0: the main process)", type=WHOLE, default=4)
-    flag("--out", "where run folders go", type=os.path.normpath, default="runs")
+    flag("--device", "auto: CUDA, else MPS, else the CPU", choices=DEVICES, default="auto")
+    flag("--workers", "processes that decode images; 0: the main one does", type=WHOLE, default=4)
+    flag("--out", "folder of all runs", type=os.path.normpath, default="runs")
     flag("--resume", "go on after the last whole epoch of this run", **on)
-    flag("--overwrite", "start this run anew, whatever it has left", **on)
+    flag("--overwrite", "train from the start, even if there is a finished or a stopped run", **on)
 
 
 def train_parser(manual: str | None = None) -> argparse.ArgumentParser:
@@ -317,7 +327,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
         args.rank, args.budget = models.rank_within(args), None  # the rank is what the run is
     fill_in(args, {"warmup_epochs": args.epochs / 10})
     if not 0 <= args.warmup_epochs < args.epochs:
-        raise RunError(f"--warmup-epochs {args.warmup_epochs:g} is not below --epochs, or below 0")
+        raise RunError(f"--warmup-epochs {args.warmup_epochs:g}: give 0 or more, below --epochs")
     return args
 
 
@@ -355,7 +365,7 @@ def run_folder(out: str | os.PathLike, own: dict) -> Path:
 
 # --- device ---------------------------------------------------------------------------------------
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA if there is one, else Apple's MPS, else the CPU; RunError for one not there."""
+    """`auto` is CUDA if there is one, else Apple's MPS, else the CPU; RunError if absent."""
     mps = torch.backends.mps.is_available() and world_size() == 1  # ranks cannot talk there
     present = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
@@ -389,14 +399,14 @@ def peak_memory_mb(device: torch.device) -> int | None:
 
 
 def code_digest() -> str:
-    """What tells the code that makes a run from another: a result belongs to the code that made it."""
+    """What tells the code that makes a run from other code: each result belongs to its code."""
     names = "mlae methods model splits tasks data runs train".split()
     texts = [(FOLDER / f"{name}.py").read_bytes() for name in names]
     return hashlib.sha256(b"\n".join(texts)).hexdigest()[:12]
 
 
 def provenance(device: torch.device) -> dict:
-    """Device, number of processes, versions, git commit (None outside a clone), digest of the code."""
+    """Device, number of processes, versions, git commit (None outside a clone), code's digest."""
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
@@ -425,7 +435,7 @@ def read_json(path: Path) -> dict:
     with reading(path):
         content = json.loads(regular(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it holds no JSON object")
     return content
 
 
@@ -486,7 +496,7 @@ def lock(path: Path, patience: float = 0.0) -> Iterator[None]:
             raise RunError(f"{path} is a link: remove it")
         held.acquire(timeout=patience)
     except Timeout:
-        message = "another process is at it; wait for it, or take another --out"
+        message = "another process is at it; wait for it, or choose another --out"
         raise Busy(f"{path.parent}: {message}") from None
     except OSError as error:
         raise RunError(f"--out: cannot write {path.parent}: {error.strerror or error}") from error
@@ -534,7 +544,7 @@ def joined(device: str, batch_size: int) -> Iterator[None]:
         yield
         return
     if batch_size % count:
-        raise RunError(f"--batch-size {batch_size} is not a multiple of the {count} processes")
+        raise RunError(f"--batch-size {batch_size}: take a multiple of {count}, the processes")
     cuda = torch.cuda.is_available() and device in ("auto", "cuda")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # from here on "cuda" is it

@@ -2,17 +2,17 @@
 
     python suite.py --dataset vtab --seed 0 1 2              # all 19 tasks (fgvc: 5), three seeds
     python suite.py --method mlae lora --lr 5e-4 1e-3 2e-3   # every combination, on the demo
-    python suite.py --method mlae lora --lr 4e-3 8e-3 --choose lr --seed 0 1 2   # tuned alike
+    python suite.py --method mlae lora --lr 4e-3 8e-3 --choose lr --seed 0 1 2   # both tuned
     python suite.py --table runs --against lora              # the table of what is in a folder
 
 It takes train.py's flags, each with one value or several; `--targets attn.qkv attn.qkv,mlp.fc1` are
-two values, and so are `--mask-prob 0.3 attn.qkv=0.5,mlp.fc1=0.3`. What is finished is skipped, and
-what was interrupted goes on. The same command in several shells, or on several machines that share
---out, shares the runs out. The last line is JSON, and <out>/runs.csv has a row for every run.
+two values, and so are `--mask-prob 0.3 attn.qkv=0.5,mlp.fc1=0.3`. Finished runs are skipped, and
+stopped ones go on. The same command in several shells, or on several machines that share --out,
+divides the runs among them. The last line is JSON, and <out>/runs.csv has a row for every run.
 
-With --choose, every value of those flags is tried first, on 800 images and val200, for each task,
-method and other setting by itself. The best mean is chosen, of equals the smaller value. Only then
-do the seeds run on the 1000 images, and are tested.
+With --choose, every value of these flags is tried first, for each task, method and other setting by
+itself: it trains on 800 images and scores val200. The best mean wins, of equals the smaller value.
+The chosen values are then trained on the 1000 images with every --seed and scored on the test set.
 """
 
 from __future__ import annotations
@@ -64,14 +64,16 @@ def suite_parser(manual: str | None = None) -> argparse.ArgumentParser:
 
     runs.add_flags(lambda title: partial(add, parser.add_argument_group(title)))
     flag = parser.add_argument_group("choosing").add_argument
-    flag("--choose", nargs="+", metavar="FLAG", default=[], help="choose these flags on val200")
+    words = "flags whose best value is chosen on val200 for each task and method, for example lr"
+    flag("--choose", nargs="+", metavar="FLAG", default=[], help=words)
     words = "seeds of the search on val200 (default: 0)"
     flag("--search-seed", nargs="+", type=runs.WHOLE, default=[0], metavar="SEED", help=words)
     flag = parser.add_argument_group("table").add_argument
-    words = "run nothing, print the runs in folders or in tables as runs.csv"
+    words = "train nothing; print the table of the runs in these folders or csv files (runs.csv)"
     flag("--table", nargs="+", metavar="PATH", help=words)
-    flag("--against", metavar="WORDS", help="add paired differences to: lora, or mask-prob=0")
-    forms, words = ["markdown", "csv", "json", "latex"], "of the table (default: markdown)"
+    words = "add the paired differences from one configuration, for example lora or mask-prob=0"
+    flag("--against", metavar="WORDS", help=words)
+    forms, words = ["markdown", "csv", "json", "latex"], "format of the table (default: markdown)"
     flag("--format", choices=forms, default="markdown", help=words)
     return parser
 
@@ -110,7 +112,7 @@ def row_of(folder: str | Path, out: str | Path) -> dict:
         own, task = config["identity"], metrics["dataset"]
         split = "val" if own.get("val") else "test"
         if own["method"] not in METHODS or (task not in data.TASKS and data.FOLDER not in own):
-            raise ValueError(f"{own['method']} on {task} is unknown here")
+            raise ValueError(f"this code does not know {own['method']} on {task}")
         benchmark = data.OWN if data.FOLDER in own else data.TASKS[task].benchmark
         if data.FOLDER in own:  # folders of one name differ by their digests
             task = printable(f"{task} {own[data.FOLDER][:6]}")
@@ -130,7 +132,7 @@ def row_of(folder: str | Path, out: str | Path) -> dict:
             packed = np.load(regular(answers))  # (N / 8,)
             right = np.unpackbits(packed, count=row["images"])  # (N,)
             if abs(100 * right.mean() - row["top1"]) > 0.01:
-                raise ValueError("correct.npy has other answers than those that were scored")
+                raise ValueError("correct.npy has not the answers that were scored")
             row["correct"] = base64.b64encode(packed).decode()
     return row
 
@@ -281,8 +283,8 @@ def interval(values: Sequence[float]) -> tuple[float, float | None, float | None
 
 
 def image_interval(a: list[dict], b: list[dict]) -> list[float]:
-    """[low, high]: the 95 % interval, in points, of the mean top-1 of runs a minus that of runs b of
-    the same seeds, over seeds and images together; [] if not all have answers to the same images.
+    """[low, high]: the 95 % interval, in points, of the mean top-1 of runs a minus that of runs b
+    of the same seeds, over seeds and images together; [] if not all have answers to these.
 
     It lies between the percentiles 2.5 and 97.5 of 10,000 means (a paired bootstrap). Each is over
     seeds drawn with replacement, and images drawn so, the same for all its seeds. Of few seeds it
@@ -305,8 +307,8 @@ def image_interval(a: list[dict], b: list[dict]) -> list[float]:
 
 
 def compare(rows: list[dict], words: str) -> None:
-    """Fill in, in place, the paired differences to one configuration of each table: the mean and its
-    interval over seeds; of single tasks, never of means, that over seeds and images. Means are
+    """Fill in, in place, the paired differences to one configuration of each table: the mean and
+    its interval over seeds; of single tasks, never of means, that over seeds and images. Means are
     compared if both are over all tasks. RunError if the words, as in "lora" or "mlae mask_prob=0",
     fit none or several in every table."""
     found, notes, unknown = [], [], []
@@ -382,7 +384,8 @@ def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = (), searched=False)
         for name in tuned[split]:
             values = sorted(set(map(shown, same[name])))
             if len(values) > 1:
-                raise RunError(f"--choose {name}: {task}, seed {seed}, has {' and '.join(values)}")
+                what = f"--choose {name}: {task}, seed {seed}, was run with {' and '.join(values)}"
+                raise RunError(f"{what}; give --table only one of these runs")
     hidden = list(found["run"][found.duplicated(place, keep="last")])
     if hidden:
         what = printable(few(hidden))
@@ -559,13 +562,14 @@ def run_suite(args: argparse.Namespace, names: list[str]) -> list[str]:
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}")
     if not results:
-        raise RunError("--dataset: not one of these runs was possible; see above")
+        raise RunError("--dataset: none of these runs was possible; the reasons are above")
     return [metrics["run"] for _, metrics in results]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = suite_parser(__doc__).parse_args(argv)
     names = [flag.lstrip("-").replace("-", "_") for flag in args.choose]
+    names = [runs.RENAMED.get(name, name) for name in names]
     paths, form, against = args.table, args.format, args.against
     del args.table, args.format, args.against, args.choose
     args.resume = None  # what was interrupted goes on, what was not starts
@@ -574,7 +578,7 @@ def main(argv: list[str] | None = None) -> None:
         if found.empty:
             raise RunError(f"--table: there is no finished run in {' '.join(paths)}")
         for name in set(names) - set(found):
-            raise RunError(f"--choose {name}: a run has no such flag")
+            raise RunError(f"--choose {name}: there is no such flag")
         codes = set(found.get("code", ()))
         if len(codes) > 1:
             print(f"note: these runs come from {len(codes)} versions of the code", file=sys.stderr)

@@ -61,7 +61,10 @@ def test_one_file_means_the_curves_unless_one_kind_is_named(trained, tmp_path):
     draw(trained["fixed"], "--only", "masks", "--out", tmp_path / "b.png")
     draw(trained["zero"], "--only", "curves", "--out", tmp_path / "new", "--format", "svg")
     draw("--sweep", "masking", trained["zero"], trained["fixed"], "--out", tmp_path / "c.png")
-    assert {path.name for path in tmp_path.iterdir()} == {"a.pdf", "b.png", "c.png", "new"}
+    draw(
+        "--sweep", "mask-pattern", trained["zero"], trained["increase"], "--out", tmp_path / "d.png"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pdf", "b.png", "c.png", "d.png", "new"}
     assert "<svg" in (tmp_path / "new/curves.svg").read_text()
 
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -209,6 +210,12 @@ def test_what_a_user_can_mend_is_one_line(capsys, error, words):
         raise error
     err = capsys.readouterr().err
     assert stop.value.code == 2 and words in err and err.count("\n") == 1
+
+
+def test_a_remedy_names_flags_of_its_own_script(capsys):
+    with pytest.raises(SystemExit), runs.one_line("eval.py"):
+        raise MemoryError
+    assert re.findall("--[a-z-]+", capsys.readouterr().err) == ["--device"]
 
 
 def test_a_bug_keeps_its_traceback():

@@ -197,6 +197,11 @@ CHOICES = {  # words -> settings, the top-1 on val200 of their values, and the v
         {("mlae", 2, 0): 60, ("mlae", 1, 0.5): 70, ("lora", 1, None): 40, ("lora", 2, None): 30},
         [("mlae", 1, 0.5), ("lora", 1, None)],
     ),
+    "--mask-pattern random hourglass --choose mask-pattern": (  # a setting of another name
+        ["pattern"],
+        {("random",): 1, ("hourglass",): 2},
+        [("hourglass",)],
+    ),
     "--mask-prob 0 0.5 --freeze-lambda --epochs 10 20 --choose epochs": (  # the warm-up follows
         ["mask_prob", "epochs"],
         {(0, 10): 1, (0, 20): 2, (0.5, 10): 4, (0.5, 20): 3},
