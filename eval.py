@@ -1,16 +1,15 @@
 """Score a finished run again, from its own files, as it was trained and merged.
 
     python eval.py runs/digits/mlae-vit_nano-seed0-...
-    python eval.py RUN --predictions answers.csv --features embeddings.npz    # of the scored images
-    python eval.py RUN --test more_photos/          # a folder of images for each class
-    python eval.py RUN --predict photos/ --top-k 3  # a CSV of the likeliest classes of each
+    python eval.py RUN --predictions answers.csv --features embeddings.npz  # writes these files
+    python eval.py RUN --test more_photos/          # score other images, a folder for each class
+    python eval.py RUN --predict photos/ --top-k 3  # a CSV of the likeliest classes of each image
     python eval.py RUN --export onnx model.onnx     # or timm, torch, peft
     python eval.py RUN --prune 4                    # the 4 most important experts of each layer
 
-It rebuilds the model of `config.json` with the weights of `adapter.safetensors`, scores it on the
-run's images (the test set; val200 after `--val`) and says whether the model merged into a plain
-timm model agrees. Exit code 0 if it does, 1 if not. Nothing is written but what a flag names, and
-nothing that is there already is overwritten.
+It rebuilds the model of `config.json` with the weights of `adapter.safetensors`. It scores it on
+the run's images (the test set; val200 after `--val`) and says whether the model merged into a plain
+timm model agrees (exit code 0; else 1). It writes only files that a flag names, and overwrites none.
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ BINS = 15  # of the calibration error
 
 # --- a run and its images -------------------------------------------------------------------------
 def read_config(folder: str | Path) -> dict:
-    """A run's config.json, its arguments as a Namespace in which nothing is left open: train.py's own
-    parser reads them again. A flag that is not there, or null, takes its default; a method of one's
-    own may have settings without a flag. Raises RunError if there is no such file, or today's code
-    does not know its task, method or a value."""
+    """A run's config.json, its arguments as a Namespace in which nothing is left open: train.py's
+    own parser reads them again. A flag that is not there, or null, takes its default; a method of
+    one's own may have settings without a flag. Raises RunError if there is no such file, or today's
+    code does not know its task, method or a value."""
     path = Path(folder, "config.json")
     if not path.exists():
         raise RunError(f"{folder} is not a run of train.py: there is no file {path}")
@@ -61,7 +60,7 @@ def read_config(folder: str | Path) -> dict:
         saved = config["arguments"]
         saved["dataset"]  # a default would be another run
         if config["amp"] not in runs.AMP[1:] or "tag" not in config["weights"]:
-            raise ValueError("its amp or weights are unknown here")
+            raise ValueError("today's code does not know its amp or weights")
         row = models.find_method(saved["method"])
         flags = {action.dest: action.option_strings[-1] for action in parser._actions}
         words, args = [], argparse.Namespace()
@@ -85,7 +84,7 @@ def read_config(folder: str | Path) -> dict:
         if names and not all(map(str.isprintable, names)):
             raise ValueError("its class_names cannot be printed")
         if names and task and len(names) != task.classes:
-            raise ValueError(f"its class_names are {len(names)}, not {task.classes}")
+            raise ValueError(f"it has {len(names)} class_names, not {task.classes}")
         recipe = data.FOLDER_RECIPE  # of a folder of one's own, which need not be here
         if task or not names:
             recipe = data.find_task(args.dataset).recipe
@@ -117,23 +116,18 @@ def load_run(folder: str | Path, checkpoint: str | None = None) -> tuple[nn.Modu
     classes = task.classes if task else len(config["class_names"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(args.seed)  # --no-pretrained: the same random backbone
-        try:
-            model = models.create_model(args, classes)
-        except ModelError as error:
-            if args.checkpoint or args.no_pretrained or not hub.HF_HUB_OFFLINE:
-                raise
-            raise ModelError(f"{error}, or fetch them with eval.py --download") from error
+        model = models.create_model(args, classes)
     weights = models.weights_of(model, args.checkpoint, not args.no_pretrained)
     key = "sha256" if "sha256" in trained_on else "tag"  # a file may have another name now
     if weights.get(key) != trained_on[key]:
-        differs = f"not on {weights['tag']} ({key} differs): --checkpoint says where they are now"
+        differs = f"not on {weights['tag']} ({key} differs): name the right file with --checkpoint"
         raise RunError(f"{folder} was trained on {trained_on['tag']}, {differs}")
     if "ranks" in config:  # pruned
         with runs.reading(folder / "config.json", "its ranks are of another model; "):
             prune(model, {name: list(range(rank)) for name, rank in config["ranks"].items()})
     header = models.load_adapter(model, folder / "adapter.safetensors")
     if header.get("identity", config["identity"]) != config["identity"]:
-        raise RunError(f"{folder}/adapter.safetensors is of another run than config.json")
+        raise RunError(f"{folder}: adapter.safetensors and config.json are of two runs")
     return model.eval(), config
 
 
@@ -148,9 +142,8 @@ def offline() -> Iterator[None]:
 
 
 def scored_images(folder: Path, config: dict, download: bool = False) -> Images:
-    """The test images of a run, or val200: of a folder of one's own those that are in the run's list,
-    whatever has come since. Says so if they are others than it was scored on. Raises DataError if
-    images are gone."""
+    """The test images of a run, or val200: of a folder of one's own those in the run's list,
+    whatever has come since. A note if it was scored on others. DataError if images are gone."""
     args, then = config["arguments"], folder / "metrics.json"
     listing, top = folder / ("val.csv" if args.val else "test.csv"), Path(args.dataset)
     if top.is_absolute():
@@ -163,14 +156,14 @@ def scored_images(folder: Path, config: dict, download: bool = False) -> Images:
             labels = [config["class_names"].index(row["label"]) for row in rows]
         gone = [str(path) for path in files if not path.is_file()]
         if gone:
-            raise DataError(f"{models.few(gone)} of {listing} are gone: --data-dir says where to")
+            raise DataError(f"{models.few(gone)} of {listing} are gone: give their new --data-dir")
         images = Images(files, labels, args.img_size, augment=args.augment, upright=True)
         images.folder, images.description = args.dataset, f"{len(files)} images of {listing.name}"
     else:
         try:
             _, images = data.load_data(args, download)
         except DataError as error:
-            remedy = "--data-dir says where they are now, eval.py --download fetches what it can"
+            remedy = "--data-dir says where they are now, eval.py --download gets what it can"
             raise DataError(f"{error}; {remedy}") from error
     if then.exists() and read_json(then).get("digest", "") not in ("", images.digest()):
         note = "these are not the images that the run was scored on; it may have trained on some"
@@ -190,7 +183,7 @@ def images_to_test(place: Path, config: dict, names: list[str]) -> Images:
         files += own
         labels += [names.index(name)] * len(own)
     if not files:
-        raise DataError(f"--test {place}: there is no folder of a class with images in it")
+        raise DataError(f"--test {place}: it has no folder of a class with images in it")
     images = Images(files, labels, args.img_size, augment=args.augment, upright=True)
     images.folder = str(place)
     images.description = f"{len(files)} images of {len(set(labels))} classes in {place}"
@@ -198,13 +191,13 @@ def images_to_test(place: Path, config: dict, names: list[str]) -> Images:
 
 
 def images_to_predict(places: list[Path], img_size: int, augment: str) -> Images:
-    """The images of files and folders, those of a folder in the order of their names, with labels -1:
-    turned as their EXIF orientation says, then resized and cropped like a run's test images.
+    """The images of files and folders, those of a folder in the order of their names, with labels
+    -1: turned as their EXIF orientation says, then resized and cropped like a run's test images.
     `img_size` and `augment` are as for `Images`. Raises DataError if there is none."""
     files, others = [], []
     for place in places:
         if not place.exists():
-            raise DataError(f"--predict: there is no image and no folder {place}")
+            raise DataError(f"--predict: there is no image or folder {place}")
         for path in data.files_below(place) if place.is_dir() else [place]:
             known = path.suffix.lower() in data.ENDINGS or path == place
             (files if known else others).append(path)
@@ -287,8 +280,8 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float
 
 
 def report(logits: Tensor, labels: Tensor, names: list[str]) -> list[str]:
-    """Lines for people: top-5, mean over classes, calibration, the three classes of least recall and
-    the five most confused pairs."""
+    """Lines for people: top-5, mean over classes, calibration, the three classes of least recall
+    and the five most confused pairs."""
     (top5,) = accuracy(logits, labels, (5,))  # percent
     lines = [
         f"top-5 {top5:.2f} %",
@@ -329,14 +322,14 @@ def importance(layer: MLAELinear) -> Tensor:
 
 
 def kept_experts(model: nn.Module, amount: int | float) -> dict[str, list[int]]:
-    """Path -> numbers of the experts that stay, in their order; of equals the first. A whole `amount`
-    is the number of experts of each layer, a fraction the share over all layers, of which a layer
-    may then keep none. Raises ModelError for a number above the rank."""
+    """Path -> numbers of the experts that stay, in their order; of equals the first. A whole
+    `amount` is the number of experts of each layer, a fraction the share over all layers, of which
+    a layer may then keep none. Raises ModelError for a number above the rank."""
     layers = layers_with_experts(model)
     scores = [importance(layer) for layer in layers.values()]
     ranks = [len(values) for values in scores]
     if amount > max(ranks):
-        raise ModelError(f"--prune {amount}: a layer has {max(ranks)} experts")
+        raise ModelError(f"--prune {amount}: no layer has more than {max(ranks)} experts")
     groups, count = scores, amount
     if isinstance(amount, float):
         groups, count = [torch.cat(scores)], max(1, round(amount * sum(ranks)))
@@ -365,7 +358,7 @@ def predict_as_scored(args, model: nn.Module, config: dict, images: Images, feat
     normalize = data.create_normalizer(config["arguments"], model)
     outputs, labels = predict(model, images, normalize, config["amp"], args.workers, features)
     if not outputs.isfinite().all():
-        raise RunError(f"{args.run}: the trained model's logits are not finite")
+        raise RunError(f"{args.run}: its outputs are not finite: train it with a lower --lr")
     return outputs, labels
 
 
@@ -387,7 +380,7 @@ def score_run(args, model, config: dict, images: Images, logits: Tensor, labels:
     for words in report(logits, labels, class_names(config, model.num_classes)):
         print(f"          {words}")
     if not repeats:
-        print("what was reported is not what the run scores now: its files are not one run's")
+        print("the reported score is another: metrics.json and the weights may be of two runs")
     if not METHODS[run.method].mergeable:
         print(f"{run.method} cannot be merged: its update depends on the input")
         return repeats
@@ -474,8 +467,8 @@ def export_run(args: argparse.Namespace, model: nn.Module, config: dict) -> None
 
 
 def prune_run(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
-    """Print accuracy against the number of experts. Of one K, write the pruned run, which `load_run`
-    reads; it has no metrics.json, so that tables of runs leave it out."""
+    """Print accuracy against the number of experts. Of one K, write the pruned run, which
+    `load_run` reads; it has no metrics.json, so that tables of runs leave it out."""
     layers, amounts, folder = layers_with_experts(model), args.prune, None
     if len(amounts) == 1:
         folder = args.out or Path(f"{args.run.resolve()}-prune{amounts[0]}")
@@ -525,29 +518,30 @@ def experts(text: str) -> int | float:
 def main(argv: list[str] | None = None) -> None:
     parser = runs.new_parser("eval.py", __doc__)
     flag, one = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    flag("run", type=Path, help="a run's folder")
+    flag("run", type=Path, help="folder of a run")
     flag("--data-dir", help="where the data are now (default: where they were in training)")
     flag("--checkpoint", help="where the backbone's file is now (default: where it was)")
-    flag("--download", action="store_true", help="fetch data and weights that are not here")
-    flag("--device", choices=DEVICES, default="auto", help="default: auto, the fastest here")
-    flag("--workers", type=WHOLE, default=4, help="image-decoding processes (0: the main process)")
-    one("--test", type=Path, metavar="FOLDER", help="score it all: a folder for each class")
-    one("--predict", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="classes of your images")
+    flag("--download", action="store_true", help="download what is missing (default: stop)")
+    flag("--device", choices=DEVICES, default="auto", help="default: auto, the fastest one here")
+    flag("--workers", type=WHOLE, default=4, help="processes that decode (0: the main one does)")
+    one("--test", type=Path, metavar="FOLDER", help="score another folder, with a folder per class")
+    words = "print the likeliest classes of these images"
+    one("--predict", nargs="+", type=Path, metavar="IMAGE|FOLDER", help=words)
     words = "write the model for other programs: timm, onnx, torch or peft"
     one("--export", nargs=2, metavar=("FORMAT", "PATH"), help=words)
-    words = "keep K experts a layer, or a share of all; several: only print the table"
+    words = "keep K experts of each layer, or a share of all (0.5); several: only print accuracies"
     one("--prune", nargs="+", type=experts, metavar="K", help=words)
-    flag("--predictions", type=Path, metavar="FILE.csv", help="class and probability per image")
-    flag("--features", type=Path, metavar="FILE.npz", help="what the head is given, per image")
-    flag("--top-k", type=COUNT, metavar="N", help="classes per image (default: 1; of --predict 5)")
-    flag("--out", type=Path, metavar="FOLDER", help="of --prune (default: RUN-pruneK)")
+    flag("--predictions", type=Path, metavar="FILE.csv", help="write class and probability here")
+    flag("--features", type=Path, metavar="FILE.npz", help="write the features before the head")
+    flag("--top-k", type=COUNT, metavar="N", help="classes per image (default: 1; --predict: 5)")
+    flag("--out", type=Path, metavar="FOLDER", help="where --prune writes (default: RUN-pruneK)")
     args = parser.parse_args(argv)
     if args.top_k and not args.predict and not args.predictions:
         parser.error("--top-k goes with --predict or --predictions")
     if args.out and len(args.prune or []) != 1:
         parser.error("--out goes with --prune and one K")
     if (args.export or args.prune) and (args.predictions or args.features):
-        parser.error("--predictions and --features go with scoring or --predict, not with these")
+        parser.error("--predictions and --features do not go with --export or --prune")
     with runs.one_line("eval.py"):
         if args.predictions:
             check_new(args.predictions, "--predictions", ".csv")

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import constants as hub
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -73,11 +75,11 @@ def create(
     targets: Sequence[str] | None = None,
     **settings,
 ) -> nn.Module:
-    """A timm model with a new head, in which only what `method`, a key of METHODS, trains requires a
-    gradient.
+    """A timm model with a new head, in which only what `method`, a key of METHODS, trains requires
+    a gradient.
 
-    `pretrained`, `checkpoint`, `img_size` and `drop_path` are as for `create_backbone`, `targets` as
-    for `inject` (None: the method's own). `settings` are rank, mask_prob, masking, pattern,
+    `pretrained`, `checkpoint`, `img_size` and `drop_path` are as for `create_backbone`, `targets`
+    as for `inject` (None: the method's own). `settings` are rank, mask_prob, masking, pattern,
     schedule, coef_init and so on: a method takes those in its row and ignores those of others.
     Raises ModelError for what cannot be made, TypeError for a setting that no method has.
     """
@@ -113,7 +115,7 @@ def input_size(name: str) -> int:
             return cfg.input_size[-1] if cfg else 224
     stem = name.split(".")[0]
     near = timm.list_pretrained(f"{stem}.*") or difflib.get_close_matches(stem, timm.list_models())
-    raise ModelError(f"timm has no model {name!r}; the nearest are: {', '.join(near) or 'none'}")
+    raise ModelError(f"--model: timm has no {name!r}; the nearest are: {', '.join(near) or 'none'}")
 
 
 def create_backbone(
@@ -146,15 +148,16 @@ def create_backbone(
             del arguments["img_size"]  # a convolutional network takes images of any size
             model = timm.create_model(timm_name, pretrained=download, **arguments)
     except Exception as error:  # whatever timm and the hub raise for a size or a failed download
-        hint = "; without a network, give the weights with --checkpoint" if download else ""
-        reason = first_line(error).rstrip(".") + hint
-        raise ModelError(
-            f"timm cannot make {name} ({img_size=}, {drop_path=}): {reason}"
-        ) from error
+        reason = f"timm cannot make it ({img_size=}, {drop_path=}): {first_line(error)}"
+        if isinstance(error, LocalEntryNotFoundError):  # the hub's words blame the connection
+            reason = "its weights are not on this machine and could not be downloaded"
+        hint = "; name a file of weights with --checkpoint" if download else ""
+        hint += ", or in eval.py use --download" if hint and hub.HF_HUB_OFFLINE else ""
+        raise ModelError(f"--model {name}: {reason.rstrip('.')}{hint}") from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     side = timm.layers.to_2tuple(patch)[0]
     if img_size and img_size % side:
-        raise ModelError(f"img_size {img_size} is not a multiple of {name}'s patch size {side}")
+        raise ModelError(f"--img-size {img_size}: take a multiple of {name}'s patch size, {side}")
     if checkpoint:
         load_checkpoint(model, checkpoint)
     return model
@@ -227,7 +230,7 @@ def inject(
     for path in chosen:  # before memory is taken
         rank, most = own.get("rank", 1), min(model.get_submodule(path).weight.shape)
         if rank > most:
-            raise ModelError(f"--rank {rank}: {path} of {name} has at most {most}")
+            raise ModelError(f"--rank {rank}: {path} of {name} allows at most {most}")
     layers = {}
     try:
         thawed = row.unfrozen(model)
@@ -261,7 +264,7 @@ def inject(
             called.update(layers.values())
     silent = [path for path, layer in layers.items() if layer not in called]
     if silent:
-        raise ModelError(f"{name} reads the weight of {few(silent)} without a call")
+        raise ModelError(f"{name} reads {few(silent)} without a call: choose other --targets")
     return list(layers)
 
 
@@ -381,7 +384,7 @@ def recompute_blocks(model: nn.Module) -> None:
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):
-        raise ModelError(f"--grad-checkpoint: {architecture(model)} cannot do that") from None
+        raise ModelError(f"--grad-checkpoint: timm has none for {architecture(model)}") from None
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -421,7 +424,7 @@ def nearest_rank(method: str, sizes: dict[str, tuple], budget: int, **settings) 
                 raise ModelError(f"--budget: {error}") from error
         if off.get(rank, -1) >= 0:
             return min(off, key=lambda rank: abs(off[rank]))
-    raise ModelError(f"--budget: {budget:,} parameters are more than full rank has")
+    raise ModelError(f"--budget {budget:,}: full rank has fewer parameters; give a smaller number")
 
 
 def rank_within(args: argparse.Namespace) -> int:
@@ -471,7 +474,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> dict:
     config. Raises ModelError, the model untouched, if the file cannot be read, is for another
     architecture, or does not fit (`load_strictly`): another rank or number of classes, say."""
     if not Path(path).is_file():
-        raise ModelError(f"no adapter file {path}")
+        raise ModelError(f"there is no adapter file {path}")
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
@@ -509,8 +512,8 @@ def load_strictly(model: nn.Module, state: dict, own: dict, file: str) -> None:
 
 
 def weights_of(model: nn.Module, checkpoint: str | os.PathLike | None, pretrained: bool) -> dict:
-    """Which weights a model was made with: {"tag": ...}, and {"sha256": ...} of a local file. The tag
-    is timm's full one, `<architecture>.<tag>`, or names the file; "random" if none."""
+    """Which weights a model was made with: {"tag": ...}, and {"sha256": ...} of a local file. The
+    tag is timm's full one, `<architecture>.<tag>`, or names the file; "random" if none."""
     name = architecture(model)
     if name == "vit_nano" and pretrained and not checkpoint:
         checkpoint = NANO_FILE

@@ -133,7 +133,7 @@ def test_a_network_of_any_size_takes_img_size():
         ({"rank": 97}, "--rank 97"),
         ({"name": "vit_base_patch16_2244"}, "vit_base_patch16_224,"),
         ({"name": "vit_base_patch16_224.none"}, "vit_base_patch16_224.orig_in21k,"),
-        ({"img_size": 30}, "img_size 30"),
+        ({"img_size": 30}, "--img-size 30"),
         ({"checkpoint": "absent.pth"}, "absent.pth"),
     ],
 )
