@@ -1,14 +1,16 @@
-"""How fast, in how much memory, against whom: every method takes its turn in every round.
+"""Measure speed and memory of the methods. They take turns in every round.
 
     python bench.py --model vit_tiny_patch16_224 --batch-size 16            # 20 rounds here
     python bench.py --methods mlae mlae+compile mlae+bf16                   # what an option costs
 
-A step is train.py's, on uint8 images that are on the device. Beside train.py's methods: floor (the
-frozen backbone, head and blocks.0.norm1.bias trained: the forward and the gradient of activations
-through every block), two-branch (MLAE not folded), peft and loralib (their LoRA, if installed), and
-scoring with eval plain (timm's model), eval mlae, eval merged. Ratios are medians within a round,
-with quartiles; memory is a process's own peak (CUDA: allocated), with all methods' libraries; GFLOP
-counts products, recomputed ones too. Weights are random. The last line is JSON.
+A step is train.py's, on uint8 images that are on the device. Beside train.py's methods there are
+    floor          head and blocks.0.norm1.bias alone train: gradients still pass every block
+    two-branch     MLAE as it is defined, not folded into one product
+    peft, loralib  LoRA by these packages, if they are installed
+    eval plain     scoring by timm's model (eval mlae: with adapters; eval merged: after merging)
+Ratios are taken within a round; median and quartiles are printed. Memory is the peak of a process
+of its own (CUDA: allocated), with all methods' libraries. GFLOP counts products, recomputed ones
+too. Weights are random. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -227,22 +229,24 @@ def peak_of(method: str, args: argparse.Namespace) -> int | None:
 def main(argv: list[str] | None = None) -> None:
     parser = runs.new_parser("bench.py", __doc__)
     flag = parser.add_argument
-    flag("--model", default="vit_tiny_patch16_224", help="timm name (default: the ViT-Ti/16)")
+    flag("--model", default="vit_tiny_patch16_224", help="model (default: vit_tiny_patch16_224)")
     flag("--img-size", type=COUNT, help="side in pixels (default: the model's own)")
-    flag("--batch-size", type=COUNT, default=16, help="default: 16, what two CPU cores bear")
-    flag("--targets", nargs="+", default=["attn.qkv"], metavar="PATH", help="adapted layers")
-    flag("--rank", type=COUNT, default=8, help="default: 8")
-    flag("--mask-prob", type=runs.FRACTION, default=0.5, help="default: 0.5")
+    flag("--batch-size", type=COUNT, default=16, help="images per step (default: 16)")
+    words = "layers to adapt (default: attn.qkv)"
+    flag("--targets", nargs="+", default=["attn.qkv"], metavar="PATH", help=words)
+    flag("--rank", type=COUNT, default=8, help="experts per layer (default: 8)")
+    flag("--mask-prob", type=runs.FRACTION, default=0.5, help="masking probability (default: 0.5)")
     flag("--amp", choices=runs.AMP, default="auto", help="as in train.py (default: auto)")
-    flag("--compile", action="store_true", help="torch.compile every method")
+    flag("--compile", action="store_true", help="use torch.compile for every method")
     flag("--grad-checkpoint", action="store_true", help="recompute blocks in the backward pass")
     flag("--accumulate", type=COUNT, default=1, help="split a batch into N parts (default: 1)")
     flag("--images", type=COUNT, default=1000, help="images held in memory (default: 1000)")
-    flag("--methods", nargs="+", metavar="METHOD", help=f"with +{', +'.join(OPTIONS)} if wanted")
-    flag("--rounds", type=COUNT, default=20, help="every method's turns (default: 20)")
-    flag("--steps", type=COUNT, help="steps a turn (default: 1, on CUDA 10)")
+    words = f"what to measure (default: everything), with options: mlae+{', +'.join(OPTIONS)}"
+    flag("--methods", nargs="+", metavar="METHOD", help=words)
+    flag("--rounds", type=COUNT, default=20, help="number of rounds (default: 20)")
+    flag("--steps", type=COUNT, help="steps of a method in each round (default: 1; on CUDA: 10)")
     flag("--warmup", type=runs.WHOLE, default=2, help="steps before the rounds (default: 2)")
-    flag("--no-memory", action="store_true", help="leave out the memory, a process a method")
+    flag("--no-memory", action="store_true", help="do not measure memory (a process per method)")
     flag("--device", choices=runs.DEVICES, default="auto", help="default: auto")
     args = parser.parse_args(argv, argparse.Namespace(graph=False))
     with runs.one_line("bench.py"):

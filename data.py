@@ -168,8 +168,8 @@ class Images(Dataset):
         except RuntimeError as error:
             if not workers or "worker" not in str(error):
                 raise
-            why = "for lack of shared memory? (Docker: --shm-size 2g)"
-            print(f"note: a process that decodes died {why}: going on without", file=sys.stderr)
+            why = "perhaps for lack of shared memory (Docker: --shm-size 2g)"
+            print(f"note: a --workers process died, {why}; going on with none", file=sys.stderr)
             yield from self.batches(batch_size, 0, order[done:], seed)
 
     def rows(self) -> list[tuple[str, str]]:
@@ -307,7 +307,7 @@ def find_parts(folder: Path) -> tuple[dict[str, Part], list[Path]]:
         others += entries(place, folders=False)
         for path in entries(place, folders=True):
             if nfc(path.name) not in classes:
-                raise DataError(f"{path}: the class is not in {folders['train']}")
+                raise DataError(f"{path}: {folders['train']} has no such class: rename it")
             for file in files_below(path, above):
                 if file.suffix.lower() in ENDINGS:  # what it holds is seen later
                     parts[name][classes.index(nfc(path.name))].append(file)
@@ -328,7 +328,7 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
     """As every reader of tasks.py: the images of the roles, the last of which is to be scored.
     Raises DataError for unreadable images, and for a class or a role without any."""
     if source != "auto":
-        raise DataError(f"--source {source} is for VTAB-1k, {task.folder} is a folder of images")
+        raise DataError(f"--source {source} is for VTAB-1k, not for {task.folder}: leave it out")
     folder, scored = Path(task.folder), roles[-1]
     found = Found("folder", "own images")
 
@@ -352,7 +352,7 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
             single += [] if drawn else [task.class_names[label]]
         found.notes.append(f"{role}: {share:g} of each class, split seed {how.seed}")
         if single:
-            words = f"note: a single image, which is trained on: class {few(single)}"
+            words = f"note: the single image of class {few(single)} is used for training"
             print(words, file=sys.stderr)
     parts = {role: parts.get(role, {}) for role in roles}
 
@@ -360,9 +360,9 @@ def read_folder(task, root, roles, source: str, download, how: FolderSplit) -> F
     bad = unreadable([path for part in parts.values() for path in chain(*part.values())])
     if bad:
         reasons = few([f"{names([path])} ({why})" for path, why in bad.items()])
-        what = f"{len(bad)} files of {folder} are no readable images: {reasons}"
+        what = f"{len(bad)} files of {folder} cannot be read: {reasons}"
         if not how.skip_bad:
-            raise DataError(f"{what}; mend or remove them, or leave them out: --skip-bad-images")
+            raise DataError(f"{what}; repair or remove them, or use --skip-bad-images")
         print(f"left out: {printable(what)}", file=sys.stderr)
         found.notes.append(f"{len(bad)} unreadable images left out")
         found.refused = [(names([path]), why) for path, why in bad.items()]
@@ -459,15 +459,15 @@ def find_task(name: str, folder_split: FolderSplit | None = None) -> Task:
             raise DataError(f"{name} is a suite of tasks: python suite.py --dataset {key}")
         near = difflib.get_close_matches(key, [*names, *SUITES], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(TASKS)}"
-        raise DataError(f"--dataset {name}: no such folder, and no task of that name; {hint}")
+        raise DataError(f"--dataset {name}: there is no task or folder of this name; {hint}")
     folder = Path(os.path.abspath(name))
     if not folder.is_dir():
-        raise DataError(f"--dataset {name} is not there, or no folder with a folder for each class")
+        raise DataError(f"--dataset {name}: there is no such folder of images")
     places = entries(split_folders(folder)["train"], folders=True)
     classes = tuple(printable(nfc(path.name)) for path in places)
     if len(classes) < 2:
-        need = "it needs <class>/* or train/<class>/*, two or more"
-        raise DataError(f"{folder} has {len(classes)} folders for a class: {need}")
+        need = "put images into two or more, <class>/* or train/<class>/*"
+        raise DataError(f"--dataset {folder}: it has {len(classes)} folders of a class; {need}")
     row = printable(nfc(folder.name)), OWN, OWN, len(classes), None, str(folder), (), ""
     reader, own = partial(read_folder, how=folder_split or FolderSplit()), {"folder": str(folder)}
     return Task(*row, reader, FOLDER_RECIPE, None, class_names=classes, upright=True, **own)
@@ -540,10 +540,10 @@ def load_data(args: argparse.Namespace, download: bool = True) -> tuple[Images, 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table; exit code 1 if something is damaged, 2 for wrong arguments."""
-    words = "Print the table of tasks, what of it is there, and its proof."
+    words = "Print all tasks, which data are there, and the proof that they are the official ones."
     parser = argparse.ArgumentParser("data.py", argparse.SUPPRESS, words, allow_abbrev=False)
-    parser.add_argument("--data-dir", help="the folder of all data sets (default: data)")
-    words = "tasks, vtab, fgvc (default: both)"
+    parser.add_argument("--data-dir", help="folder of the data sets (default: data)")
+    words = "tasks, or vtab or fgvc for all of a benchmark (default: vtab fgvc)"
     parser.add_argument("--dataset", nargs="+", default=["vtab", "fgvc"], help=words)
     args = parser.parse_args(argv)
     root, rows, is_whole = Path(args.data_dir or "data"), [], True

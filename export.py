@@ -174,10 +174,10 @@ def export(
 ) -> tuple[float, str]:
     """Write a run's model as a new file or folder, load that back and compare.
 
-    `kind` is a key of FORMATS, model and config are `eval.load_run`'s. Logits are compared on images
-    (B, 3, S, S) uint8, all together and the first alone. Returns the largest difference of a logit
-    and the Python that loads the file. Raises ModelError for what cannot be exported so, RunError
-    if it cannot be written or its logits differ; nothing is then left.
+    `kind` is a key of FORMATS, model and config are `eval.load_run`'s. Logits are compared on
+    images (B, 3, S, S) uint8, all together and the first alone. Returns the largest difference of a
+    logit and the Python that loads the file. Raises ModelError for what cannot be exported so,
+    RunError if it cannot be written or its logits differ; nothing is then left.
     """
     check_place(kind, path)
     row, run, flag = FORMATS[kind], config["arguments"], f"--export {kind}"
@@ -211,7 +211,7 @@ def export(
 
 
 def preparation(model: nn.Module, config: dict, floats: bool) -> dict:
-    """How a file becomes an input, as JSON values, in this order; docs/export.md has it in Python."""
+    """How a file becomes an input, as JSON values, in order; docs/export.md has it in Python."""
     run = config["arguments"]
     side, (mean, std) = [run.img_size, run.img_size], mean_and_std(run, model)
     short = Images([], [], run.img_size, augment=run.augment).short

@@ -29,7 +29,7 @@ from mlae import SCHEDULES, MLAELinear, expert_similarity, fixed_masks, mask_rat
 class Method:
     """A row of METHODS."""
 
-    trains: str  # what it trains beside the head, in words
+    trains: str  # what it trains, in words; the head trains always
     # takes the place of a linear layer, with `from_linear(linear, **keywords)`, `delta_weight()`
     # and `to_linear()`; None if there is no such layer
     layer: type[nn.Linear] | None = None
@@ -65,7 +65,7 @@ class Method:
         return {name: given.get(name, usual) for name, usual in self.settings.items()}
 
     def unfrozen(self, model: nn.Module) -> list[str]:
-        """The names of what trains in a backbone; ValueError if there is nothing for `unfreezes`."""
+        """The names of what trains in a backbone; ValueError if there is none for `unfreezes`."""
         if self.unfreezes is None:
             return []
         names = []
@@ -81,10 +81,10 @@ class Method:
         return set().union(*(row.settings for row in METHODS.values())) - set(self.settings)
 
 
-# --- MLAE's masks over many layers and over the training -------------------------------------------
-# `mask_prob` is one number p, or one for each target: {"attn.qkv": 0.5, "mlp.fc1": 0.3}. Its pattern
-# spreads it over the depth of the model, one number over all adapted layers, several over those of
-# each target, which so has its own p as the mean. Its schedule multiplies all of them step by step.
+# --- MLAE's masks over many layers and over the training ------------------------------------------
+# `mask_prob` is one number p, or one for each target: {"attn.qkv": 0.5, "mlp.fc1": 0.3}. Its
+# pattern spreads it over the depth of the model: one number over all adapted layers, several over
+# those of each target, which so has its own p as the mean. Its schedule multiplies all of them.
 
 # which masks act: (a new one at every step, one drawn for good)
 MASKINGS = {"stochastic": (True, False), "fixed": (False, True), "mixed": (True, True)}
@@ -114,7 +114,7 @@ def by_layer(names: Sequence[str], mask_prob: float | dict, draw: Callable) -> l
     for name in names:
         targets = [target for target in sorted(mask_prob) if ends_in(name, target)]
         if not targets:
-            hint = "suite.py wants commas between the targets of one setting"
+            hint = "in suite.py put commas between the targets of one setting"
             raise ValueError(f"--mask-prob has no value for {name}, which is adapted too; {hint}")
         if len({mask_prob[target] for target in targets}) > 1:
             words = " and ".join(targets)
@@ -144,7 +144,7 @@ def mlae_plan(names: Sequence[str], settings: dict) -> list[dict]:
     if schedule not in SCHEDULES:
         raise ValueError(f"--mask-schedule must be one of {', '.join(SCHEDULES)}")
     if schedule != "constant" and masking == "fixed":
-        raise ValueError(f"schedule {schedule} needs masking stochastic or mixed")
+        raise ValueError(f"--mask-schedule {schedule} needs --masking stochastic or mixed")
     every_step, for_good = MASKINGS[masking]
     rates, masks = [0.0] * len(names), [None] * len(names)
     if every_step:
@@ -187,7 +187,7 @@ def similarity_log(model: nn.Module) -> dict:
     return {"similarity": statistics.mean(means) if means else 0.0}
 
 
-# --- LoRA and RM-LoRA ------------------------------------------------------------------------------
+# --- LoRA and RM-LoRA -----------------------------------------------------------------------------
 
 
 def lora_plan(names: Sequence[str], settings: dict) -> list[dict]:
@@ -257,7 +257,7 @@ def mask_gradients(model: nn.Module, progress: float) -> None:
         layer.lora_B.grad *= columns
 
 
-# --- layers with factors of another kind -----------------------------------------------------------
+# --- layers with factors of another kind ----------------------------------------------------------
 
 
 class FactoredLinear(nn.Linear):
@@ -317,7 +317,7 @@ class MoRLinear(FactoredLinear):
         raise TypeError("a mixture of ranks has no one update to merge: it depends on the input")
 
 
-# --- SNELL and SNELLA ------------------------------------------------------------------------------
+# --- SNELL and SNELLA -----------------------------------------------------------------------------
 
 
 def quantile(values: Tensor, share: float) -> Tensor:
@@ -346,8 +346,8 @@ class SNELLLinear(FactoredLinear):
         W' = W + D * max(|D| - q, 0)                              gate="paper", what they print
 
     SNELL (Shen et al. 2024, arXiv 2411.01800) has one sparsity, an attribute that is saved, for all
-    layers. SNELLA (arXiv 2510.24037, `adaptive`) puts D + a softmax(D / g) + b, the softmax over the
-    outputs, in the place of D, with (a, g, b) learned as `mix` (3,); and it shares a budget of
+    layers. SNELLA (arXiv 2510.24037, `adaptive`) puts D + a softmax(D / g) + b, the softmax over
+    the outputs, in the place of D, with (a, g, b) learned as `mix` (3,); and it shares a budget of
     nonzero entries out to the layers by their importance (`reallocate`).
 
     What we do differently: a fused qkv is one layer with one quantile, the authors have three (of
@@ -478,7 +478,7 @@ def is_layer_norm(name: str, module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and not isinstance(module, _BatchNorm)
 
 
-# --- the table -------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 MAIN = "mlae"  # the method that the rest is compared with
 ALL_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -526,7 +526,7 @@ METHODS: dict[str, Method] = {
         before_step=mask_gradients,
     ),
     "mor": Method(
-        trains="mixture of ranks (2024)",
+        trains="mixture of ranks (Tang et al. 2024)",
         layer=MoRLinear,
         settings={"rank": 8, "num_experts": 8},
         targets=("mlp.fc1", "mlp.fc2"),
@@ -539,7 +539,7 @@ METHODS: dict[str, Method] = {
         targets=ALL_LINEARS,
     ),
     "snella": Method(
-        trains="SNELL with adaptive sparsity (2025)",
+        trains="SNELL with adaptive sparsity (Shen et al. 2025)",
         layer=SNELLLinear,
         settings={"rank": 32, "sparsity": 0.8, "start_sparsity": 0.01, "gate": "code"},
         layer_settings=snella_plan,
@@ -549,7 +549,7 @@ METHODS: dict[str, Method] = {
     ),
     "bitfit": Method(trains="every bias", unfreezes=lambda name, module: name.endswith("bias")),
     "layernorm": Method(trains="the norms' scales and shifts", unfreezes=is_layer_norm),
-    "linear": Method(trains="nothing: a linear probe"),
+    "linear": Method(trains="the head alone"),
     "full": Method(trains="every parameter", unfreezes=lambda name, module: True),
 }
 

@@ -268,8 +268,8 @@ def set_mask_prob(model: nn.Module, p: float | list[float] | Tensor) -> None:
 
 
 def hold_mask_prob(model: nn.Module) -> None:
-    """Keep p of every MLAELinear in a tensor on its device too, so that a change of `mask_prob` acts
-    in a CUDA graph that has been captured before."""
+    """Keep p of every MLAELinear in a tensor on its device too, so that a change of `mask_prob`
+    acts in a CUDA graph that has been captured before."""
     for layer in model.modules():
         if isinstance(layer, MLAELinear):
             place = layer.weight.device
@@ -310,9 +310,7 @@ def mask_rates(pattern: str, num_layers: int, mask_prob: float) -> Tensor:
     highest = 0.99
     reach = highest * (shape > 0).double().mean()
     if mask_prob > reach:
-        raise ValueError(
-            f"{pattern} over {num_layers} layers reaches a mean of {reach:.2f}, not {mask_prob}"
-        )
+        raise ValueError(f"{pattern}: {num_layers} layers allow p <= {reach:.2f}, not {mask_prob}")
     cut = torch.zeros_like(shape, dtype=torch.bool)  # layers that are at the highest rate
     while True:
         budget = mask_prob * num_layers - highest * int(cut.sum())

@@ -139,7 +139,8 @@ def whole_split(task, root: Path, split: str, download: bool = True) -> Content:
     depth = 1 if original.fetch else 4
     missing = [place for place in original.place if find(root, place, depth) is None]
     if missing:
-        by_hand = f"no {root / missing[0]}: get it by hand from {original.get}"
+        first = "train.py downloads it, or " if original.fetch and not download else ""
+        by_hand = f"no {root / missing[0]}: {first}get it by hand from {original.get}"
         if not (original.fetch and download):
             raise Missing(f"{name}: {by_hand}")
         top = root / original.place[0].split("/")[0]

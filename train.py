@@ -83,8 +83,7 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
     for name in sorted(vars(args).keys() & then.keys() - runs.BY_DIGEST):
         value = getattr(args, name)
         if then[name] != value:
-            flag = f"--{name.replace('_', '-')}"
-            was = f"{folder} was run with {flag} {then[name]}, the default of its time"
+            was = f"{folder} was run with {name} {then[name]}, the default of its time"
             raise RunError(f"{was}; now it is {value}: take another --out, or --overwrite")
     if config.get("code") != runs.code_digest():
         other = f"{folder} was made by other code than today's"
@@ -100,10 +99,10 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
 def capture(step: Callable, model: nn.Module, img_size: int, batch_size: int) -> Callable:
     """`step(x, y, size)` as one CUDA graph, for batches of up to `batch_size` images.
 
-    An adapted layer costs some 20 small kernels, and Python takes longer to launch them than the GPU
-    to run them. A graph launches all kernels of a step at once. It replays what was captured, from
-    the same memory: a batch is copied to where the first one was; gradients stay where they are,
-    and are written anew; random numbers go on as if nothing had been captured.
+    An adapted layer costs some 20 small kernels, and Python takes longer to launch them than the
+    GPU to run them. A graph launches all kernels of a step at once. It replays what was captured,
+    from the same memory: a batch is copied to where the first one was; gradients stay where they
+    are, and are written anew; random numbers go on as if nothing had been captured.
     """
     device = next(model.parameters()).device
     x = torch.zeros(batch_size, 3, img_size, img_size, dtype=torch.uint8, device=device)
@@ -156,8 +155,8 @@ def save_state(path: Path, weights: dict, optimizer, scaler, digest: str, progre
 
 def restore(path: Path, model: nn.Module, optimizer, scaler, digest: str) -> dict:
     """Load what `save_state` wrote, if it is there, and return the progress, {"epoch": epochs done,
-    "rows": of the log, "seconds": of training}; all nothing if there is no state. Raises OtherImages
-    if its training images are not these, RunError for a file that cannot be read."""
+    "rows": of the log, "seconds": of training}; all nothing if there is no state. Raises
+    OtherImages if its training images are not these, RunError for a file that cannot be read."""
     nothing = {"epoch": 0, "rows": [], "seconds": 0.0}
     if not broadcast(path.exists()):
         return nothing
