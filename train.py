@@ -83,7 +83,8 @@ def finished(folder: Path, args: argparse.Namespace) -> dict | None:
     for name in sorted(vars(args).keys() & then.keys() - runs.BY_DIGEST):
         value = getattr(args, name)
         if then[name] != value:
-            was = f"{folder} was run with {name} {then[name]}, the default of its time"
+            flag = f"--{name.replace('_', '-')}"
+            was = f"{folder} was run with {flag} {then[name]}, the default of its time"
             raise RunError(f"{was}; now it is {value}: take another --out, or --overwrite")
     if config.get("code") != runs.code_digest():
         other = f"{folder} was made by other code than today's"
