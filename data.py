@@ -112,7 +112,7 @@ class Images(Dataset):
         need = 3 * len(self) * area
         fits = need <= free_memory(place) // 2
         where = f"on {place}" if fits else "more than half of what is free: read from the files"
-        print(f"{len(self)} images take {need / 2**30:.2f} GiB of memory, {where}")
+        print(f"{len(self)} images take {need / 2**20:.0f} MiB of memory, {where}")
         if not fits:
             return
         with ThreadPoolExecutor(min(workers, CORES) or 1) as pool:
@@ -467,7 +467,7 @@ def find_task(name: str, folder_split: FolderSplit | None = None) -> Task:
     classes = tuple(printable(nfc(path.name)) for path in places)
     if len(classes) < 2:
         need = "put images into two or more, <class>/* or train/<class>/*"
-        raise DataError(f"--dataset {folder}: it has {len(classes)} folders of a class; {need}")
+        raise DataError(f"--dataset {folder}: it has {len(classes)} class folders; {need}")
     row = printable(nfc(folder.name)), OWN, OWN, len(classes), None, str(folder), (), ""
     reader, own = partial(read_folder, how=folder_split or FolderSplit()), {"folder": str(folder)}
     return Task(*row, reader, FOLDER_RECIPE, None, class_names=classes, upright=True, **own)

@@ -293,13 +293,13 @@ def report(logits: Tensor, labels: Tensor, names: list[str]) -> list[str]:
     recall = counts.diag() / images  # nan for a class without images: it comes last
     for label in recall.argsort(stable=True)[:3].tolist():
         if images[label]:
-            lines.append(f"recall of {names[label]}: {counts[label, label]} of {images[label]}")
+            lines.append(f"low recall: {names[label]}, {counts[label, label]} of {images[label]}")
     counts.fill_diagonal_(0)
     for cell in counts.flatten().argsort(descending=True, stable=True)[:5].tolist():
         label, taken = divmod(cell, len(names))
         if counts[label, taken]:
             times = f"{counts[label, taken]} of {images[label]}"
-            lines.append(f"{names[label]} taken for {names[taken]}: {times}")
+            lines.append(f"often confused: {names[label]} taken for {names[taken]}, {times}")
     return lines
 
 
@@ -463,7 +463,7 @@ def export_run(args: argparse.Namespace, model: nn.Module, config: dict) -> None
         compared = f"{len(batch)} random images (the run's are not here)"
     difference, python = export(kind, Path(path), model, config, batch)
     print(f"largest difference of a logit, on {compared}: {difference:.1e}")
-    print(f"done; to load it:\n{python}")
+    print(f"written; to load it:\n{python}")
 
 
 def prune_run(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
@@ -502,7 +502,7 @@ def prune_run(args: argparse.Namespace, model: nn.Module, config: dict) -> None:
             for listing in ("test.csv", "val.csv"):  # what a run on one's own folder is scored on
                 if (args.run / listing).exists():
                     (draft / listing).write_bytes(regular(args.run / listing).read_bytes())
-        print(f"python eval.py {folder}")
+        print(f"written; to score it: python eval.py {folder}")
 
 
 def experts(text: str) -> int | float:

@@ -130,7 +130,7 @@ def test_the_most_confused_classes_by_hand():
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
     logits = torch.eye(3)[[0, 1, 1, 2, 1, 0, 2]]
     lines = evaluation.report(logits, labels, ["a", "b", "c"])
-    assert "recall of a: 1 of 4" in lines
+    assert any("a, 1 of 4" in line for line in lines)
     lines = [line for line in lines if "taken for" in line]
     found = [re.findall(r"\b[abc]\b|\d+", line) for line in lines]
     assert found[0] == ["a", "b", "2", "4"]  # 2 of the 4 images of class 0 are taken for class 1
