@@ -1,11 +1,13 @@
 """Every number on the pages about results is one of the runs in results/."""
 
+import base64
 import importlib
 import itertools
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 
@@ -80,6 +82,29 @@ def test_every_number_on_the_pages_is_a_result(files, tables):
         text = " ".join(page.read_text().split())
         assert not set(re.findall(NUMBER, text)) - numbers, page
         assert not set(re.findall(DIFFERENCE, text)) - differences, page
+
+
+def test_the_interval_with_images_is_that_of_a_plain_bootstrap(files):
+    found = files["dropout"]
+    found = found[(found["split"] == "test") & ~found["lora_dropout"].isin([0.0, 0.1])]
+    answers = {}
+    for run in found.to_dict("records"):
+        bits = np.frombuffer(base64.b64decode(run["correct"]), np.uint8)
+        answers[run["method"], run["lora_dropout"], run["seed"]] = np.unpackbits(bits)[:3000]
+    differences = []
+    for seed in range(5):
+        mlae, lora = answers["mlae", None, seed], answers["lora", 0.3, seed]
+        differences.append(mlae.astype(float) - lora)
+    differences, draw = np.stack(differences), np.random.RandomState(7)  # (5, 3000)
+    means = []
+    for _ in range(2000):
+        seeds, images = draw.randint(5, size=5), draw.randint(3000, size=3000)
+        means.append(100 * differences[seeds][:, images].mean())
+    rows = suite.rows_of(found, ["lr"])
+    suite.compare(rows, "lora")
+    (row,) = [row for row in rows if row["method"] == "mlae" and row["split"] == "test"]
+    ends = row["image_low"], row["image_high"]
+    assert ends == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.2)
 
 
 def test_every_table_is_made_from_the_runs(tables):
