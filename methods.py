@@ -272,7 +272,7 @@ class FactoredLinear(nn.Linear):
         super().__init__(*sizes, **place)
         self._add_factors(rank, rows, _factors_on)
 
-    _add_factors, _apply = MLAELinear._add_factors, MLAELinear._apply
+    _add_factors = MLAELinear._add_factors
     from_linear = classmethod(MLAELinear.from_linear.__func__)
     delta_weight = MLAELinear.delta_weight
     to_linear = MLAELinear.to_linear
@@ -352,9 +352,8 @@ class SNELLLinear(FactoredLinear):
 
     What we do differently: a fused qkv is one layer with one quantile, the authors have three (of
     some rows alone, as --targets attn.q attn.v, the quantile is theirs together); the budget is
-    shared out at every step, theirs once an epoch. An average of models (EMA, SWA) keeps the sparsity
-    of the copy that it began with: set it. Raises ValueError for an odd rank, a sparsity outside
-    [0, 1) and an unknown gate.
+    shared out at every step, theirs once an epoch. Raises ValueError for an odd rank, a sparsity
+    outside [0, 1) and an unknown gate.
     """
 
     def __init__(self, *sizes, rank=32, sparsity=0.9, adaptive=False, gate="code", **place) -> None:

@@ -119,17 +119,13 @@ class MLAELinear(nn.Linear):
             if not 0 < len(rows) == len(there):
                 raise ValueError(f"rows must be different row numbers from 0 to {outputs - 1}")
             outputs, rows = len(rows), rows.to(like["device"])
-        self.rank, self.rows = rank, rows
+        self.rank = rank
+        self.register_buffer("rows", rows)
         self.register_forward_pre_hook(keep_calls)
         self.requires_grad_(False)  # all that is there so far
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def _apply(self, move, *args):
-        """`rows` moves, too, but is no buffer: an average of models (EMA) would change its numbers."""
-        self.rows = None if self.rows is None else move(self.rows)
-        return nn.Linear._apply(self, move, *args)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **kwargs) -> MLAELinear:

@@ -477,8 +477,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> dict:
         raise ModelError(f"there is no adapter file {path}")
     try:
         with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if not name.endswith(".rows")]  # of older files
-            state = {name: file.get_tensor(name) for name in names}
+            state = {name: file.get_tensor(name) for name in file.keys()}
             header = file.metadata() or {}
     except Exception as error:  # whatever a damaged file makes its reader raise
         raise ModelError(f"cannot load adapter {path}: {first_line(error)}") from error
