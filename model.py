@@ -508,6 +508,10 @@ def load_strictly(model: nn.Module, state: dict, own: dict, file: str) -> None:
             raise ModelError(f"{file}: {key} is of {value.dtype}, not {wanted}")
         if not value.to(wanted).isfinite().all():
             raise ModelError(f"{file}: {key} has values that are not finite")
+        if key.endswith(".rows"):
+            outputs = model.get_submodule(key.removesuffix(".rows")).out_features
+            if not len(value) == len({*value.tolist()} & {*range(outputs)}):
+                raise ModelError(f"{file}: {key} are not different rows from 0 to {outputs - 1}")
     model.load_state_dict(state, strict=False)  # the rest of the model keeps its values
 
 

@@ -327,25 +327,29 @@ def test_adapters_of_another_model_do_not_fit(nano, tmp_path, kwargs, word):
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-A = "blocks.0.attn.qkv.lora_A"
+A, ROWS = "blocks.0.attn.qkv.lora_A", "blocks.0.attn.qkv.rows"
 DAMAGE = {
-    "integers": lambda value: value.long(),
-    "floats of two digits": lambda value: value.to(torch.float8_e4m3fn),
-    "not finite": lambda value: value / 0,
+    "integers": (A, lambda value: value.long()),
+    "floats of two digits": (A, lambda value: value.to(torch.float8_e4m3fn)),
+    "not finite": (A, lambda value: value / 0),
+    "rows twice": (ROWS, lambda value: value // 2),
+    "rows beyond": (ROWS, lambda value: value + 200),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_tensors_do_not_pass_for_weights(nano, tmp_path, damage):
-    net, path = nano(), tmp_path / "a.safetensors"
+    net, path = nano(targets=["attn.q"]), tmp_path / "a.safetensors"
     models.save_adapter(net, path, {})
     with safe_open(path, "pt") as file:
         header = file.metadata()
-    state, before = load_file(path), net.state_dict()[A].clone()
-    save_file(state | {A: DAMAGE[damage](state[A])}, path, header)
-    with pytest.raises(ModelError, match=A):
+    key, change = DAMAGE[damage]
+    state = load_file(path)
+    before = net.state_dict()[key].clone()
+    save_file(state | {key: change(state[key])}, path, header)
+    with pytest.raises(ModelError, match=key):
         models.load_adapter(net, path)
-    assert net.state_dict()[A].equal(before)
+    assert net.state_dict()[key].equal(before)
     save_file(state | {A: state[A].half()}, path, header)  # another float is rounded
     models.load_adapter(net, path)
     path.write_bytes(b"not safetensors")
