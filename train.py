@@ -118,9 +118,14 @@ def capture(step: Callable, model: nn.Module, img_size: int, batch_size: int) ->
             for _ in range(3):  # what libraries set up at first use must not be captured
                 step(x, y, size)
                 model.zero_grad()  # no trace: neither gradients nor weights nor random numbers
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
+        now = torch.cuda.current_stream()
+        now.wait_stream(side)
+        with torch.cuda.stream(now), torch.cuda.graph(graph):  # back on `now`, also after an error
             step(x, y, size)
+    except RuntimeError:  # else the random numbers would wait for the end of this capture
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
     finally:
         torch.cuda.set_rng_state(numbers, device)
 
