@@ -72,8 +72,8 @@ def test_every_number_on_the_pages_is_a_result(files, tables):
                 a, b = ([one[seed] for seed in seeds] for one in (a, b))
                 if len(a) > 1:
                     paired = [one["top1"] - other["top1"] for one, other in zip(a, b, strict=True)]
-                    mean, low, high = suite.interval(paired)
-                    differences.add(f"{round(mean, 2) + 0.0:+.2f} [{low:.2f}, {high:.2f}]")
+                    mean, low, high = (round(x, 2) + 0.0 for x in suite.interval(paired))
+                    differences.add(f"{mean:+.2f} [{low:.2f}, {high:.2f}]")
                     ends = [round(end, 1) + 0.0 for end in suite.image_interval(a, b)]
                     differences.add(f"with images {ends}")
     pruned = pandas.read_csv(RESULTS / "pruning.csv").groupby(["mask_prob", "experts"])
