@@ -164,14 +164,24 @@ def to_cell(value) -> str:
     return value if is_plain else json.dumps(value)
 
 
-def add_to_table(out: str, folder: str) -> None:
-    """Write a finished run into <out>/runs.csv, in the place of an earlier row of it."""
-    path, row = Path(out, "runs.csv"), row_of(folder, out)
-    with runs.lock(path.with_name("runs.lock"), patience=60):  # others may be writing it too
-        earlier = read_table(path) if path.exists() else []
-        rows = [other for other in earlier if other["run"] != row["run"]]
+def add_to_table(out: str, folder: str, seen: dict[str, dict]) -> None:
+    """Write a finished run into <out>/runs.csv, in the place of an earlier row of it, unless it
+    stands there already. `seen` are the cells of each run, as this process last saw them: many
+    processes on one table must not all write it for each run."""
+    path = Path(out, "runs.csv")
+    row = {name: to_cell(value) for name, value in row_of(folder, out).items()}
+    before = seen.get(row["run"], {})
+    if before and all(before.get(name, "") == cell for name, cell in row.items()):
+        return
+    with runs.lock(path.with_name("runs.lock"), patience=60), runs.reading(path):
+        seen.clear()
+        if path.exists():
+            earlier = pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+            seen |= {other["run"]: other for other in earlier}
+        seen.pop(row["run"], None)
+        seen[row["run"]] = row
         with runs.write_atomically(path) as draft:
-            pandas.DataFrame([*rows, row], dtype=object).map(to_cell).to_csv(draft, index=False)
+            pandas.DataFrame(seen.values(), dtype=object).to_csv(draft, index=False)
 
 
 # --- many runs ------------------------------------------------------------------------------------
@@ -202,7 +212,7 @@ def run_all(todo: list[argparse.Namespace], left_out: dict[str, str]) -> list[tu
     def load_images(*values) -> tuple:
         return data.load_data(argparse.Namespace(**dict(zip(LOADED, values, strict=True))))
 
-    results, queue, passed_over = {}, list(enumerate(todo)), 0
+    results, queue, passed_over, seen = {}, list(enumerate(todo)), 0, {}
     while queue:
         number, args = queue.pop(0)
         if args.dataset in left_out:
@@ -228,7 +238,7 @@ def run_all(todo: list[argparse.Namespace], left_out: dict[str, str]) -> list[tu
         else:
             results[number] = args, metrics
             print(json.dumps(metrics), flush=True)
-            add_to_table(args.out, metrics["run"])
+            add_to_table(args.out, metrics["run"], seen)
         passed_over = 0
     return [results[number] for number in sorted(results)]
 

@@ -276,8 +276,9 @@ def test_a_csv_of_the_runs_prints_the_same_tables_and_weights_are_told_apart_by_
     ran("svhn", 1, 71.0, checkpoint="/b/y.npz", digest="c0ffee1234", rank=4)
     ran("svhn", 0, 50.0, checkpoint="/a/x.npz", digest="decaf56789", mask_prob={"a": 0.5})
     files = sorted(Path("runs").rglob("metrics.json"))
-    for file in [*files, files[0]]:  # the first one in the place of its earlier row
-        suite.add_to_table("runs", file.parent)
+    seen = {}
+    for file in [*files, files[0]]:
+        suite.add_to_table("runs", file.parent, seen)
     known = pandas.read_csv("runs/runs.csv")
     assert len(known) == 3 and set(known["rank"]) == {4, 8} and "torch" in known
     out = call("--table", "runs", "--against", "rank=4")
@@ -391,8 +392,27 @@ def test_the_interval_over_seeds_and_images_is_that_of_a_plain_bootstrap(call):
     words = "--table runs --against mask_prob=0".split()
     assert f"(4); with images [{ends[0]}, {ends[1]}]" in call(*words)
     for file in Path("runs").rglob("metrics.json"):
-        suite.add_to_table("runs", file.parent)
+        suite.add_to_table("runs", file.parent, {})
     assert call("--table", "runs/runs.csv", *words[2:]) == call(*words)
+
+
+def test_a_row_is_written_once_and_anew_when_its_run_has_changed(call, monkeypatch):
+    ran("svhn", 0, 70.0)
+    (file,) = Path("runs").rglob("metrics.json")
+    seen, locked = {}, []
+    lock = suite.runs.lock
+    monkeypatch.setattr(suite.runs, "lock", lambda *a, **b: locked.append(1) or lock(*a, **b))
+    for _ in range(3):
+        suite.add_to_table("runs", file.parent, seen)
+    assert len(locked) == 1
+    file.write_text(file.read_text().replace("70.0", "71.0"))
+    suite.add_to_table("runs", file.parent, seen)
+    assert list(pandas.read_csv("runs/runs.csv")["top1"]) == [71.0]
+    ran("svhn", 1, 60.0)  # another process writes this one
+    for other in Path("runs").rglob("metrics.json"):
+        suite.add_to_table("runs", other.parent, {})
+    suite.add_to_table("runs", file.parent, seen)
+    assert sorted(pandas.read_csv("runs/runs.csv")["top1"]) == [60.0, 71.0]
 
 
 def test_without_answers_to_the_same_images_the_interval_is_over_seeds_alone(call, capsys):
