@@ -22,8 +22,8 @@ import data  # noqa: E402
 import suite  # noqa: E402
 
 RESULTS = ROOT / "results"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "demo.md"]
-PAGES += [RESULTS / "README.md"]
+PAGES = [ROOT / "README.md", RESULTS / "README.md"]
+PAGES += [ROOT / "docs" / f"{name}.md" for name in ("results", "paper", "demo")]
 FENCE = re.compile(r"^```\n(?:.*\n)*?```$", re.MULTILINE)
 NAMED = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 COLUMNS = {  # of the tables of methods: (method, p, masking)
