@@ -272,7 +272,7 @@ class FactoredLinear(nn.Linear):
         super().__init__(*sizes, **place)
         self._add_factors(rank, rows, _factors_on)
 
-    _add_factors = MLAELinear._add_factors
+    _add_factors, _apply = MLAELinear._add_factors, MLAELinear._apply
     from_linear = classmethod(MLAELinear.from_linear.__func__)
     delta_weight = MLAELinear.delta_weight
     to_linear = MLAELinear.to_linear
@@ -364,6 +364,7 @@ class SNELLLinear(FactoredLinear):
             raise ValueError(f"sparsity must be in [0, 1), not {sparsity}")
         if gate not in ("code", "paper"):
             raise ValueError(f"gate must be one of code, paper, not {gate!r}")
+        self.register_buffer("share", torch.zeros(()), persistent=False)  # the same, as a tensor
         self.sparsity, self.gate = float(sparsity), gate
         for factor in (self.lora_A, self.lora_B):
             bound = 1 / math.sqrt(factor.numel() / 2)  # kaiming's of (2, size, rank / 2)
@@ -374,8 +375,22 @@ class SNELLLinear(FactoredLinear):
         sensitivity = self.lora_A.new_zeros(2, entries) if adaptive else None
         self.register_buffer("sensitivity", sensitivity)
 
+    @property
+    def sparsity(self) -> float:
+        """What was set; in scoring what an average of models (EMA, SWA) has made of it."""
+        return self._sparsity if self.training else self._averaged()
+
+    @sparsity.setter
+    def sparsity(self, sparsity: float) -> None:
+        self._sparsity = sparsity
+        self.share.fill_(sparsity)
+
+    def _averaged(self) -> float:
+        share = self.share.item()
+        return self._sparsity if math.isclose(share, self._sparsity, rel_tol=1e-6) else share
+
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.sparsity, dtype=torch.float64)
+        return torch.tensor(self._averaged(), dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         self.sparsity = min(1.0, max(0.0, state.item()))  # a file may hold anything

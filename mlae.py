@@ -119,13 +119,20 @@ class MLAELinear(nn.Linear):
             if not 0 < len(rows) == len(there):
                 raise ValueError(f"rows must be different row numbers from 0 to {outputs - 1}")
             outputs, rows = len(rows), rows.to(like["device"])
-        self.rank = rank
-        self.register_buffer("rows", rows)
+        self.rank, self.rows = rank, rows
+        if rows is not None:
+            self.register_state_dict_post_hook(save_rows)
+            self.register_load_state_dict_pre_hook(load_rows)
         self.register_forward_pre_hook(keep_calls)
         self.requires_grad_(False)  # all that is there so far
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def _apply(self, move, *args):
+        """Move `rows` as well: it is no buffer, so that an average of models (EMA) leaves it alone."""
+        self.rows = None if self.rows is None else move(self.rows)
+        return nn.Linear._apply(self, move, *args)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **kwargs) -> MLAELinear:
@@ -243,6 +250,22 @@ class _FoldedLinear(torch.autograd.Function):
 def keep_calls(layer: nn.Module, args: tuple) -> None:
     """A hook that does nothing, but where one is nn.TransformerEncoderLayer does not take its fast
     path, which reads the weights of its layers instead of calling them."""
+
+
+def save_rows(layer: nn.Module, state: dict, prefix: str, _) -> None:
+    """A hook: a file knows its rows."""
+    state[f"{prefix}rows"] = layer.rows
+
+
+def load_rows(
+    layer: nn.Module, state: dict, prefix: str, _, strict, missing: list, *others
+) -> None:
+    """A hook: take the rows of a state, or say that it has none."""
+    rows = state.pop(f"{prefix}rows", None)
+    if rows is None:
+        missing.append(f"{prefix}rows")
+    else:
+        layer.rows = rows.to(layer.weight.device)
 
 
 def check_mask_prob(p: float) -> None:

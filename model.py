@@ -240,7 +240,9 @@ def inject(
             keywords = keywords | ({"rows": rows} if rows else {})
             layers[path] = row.layer.from_linear(model.get_submodule(path), **keywords)
     except ValueError as error:
-        raise ModelError(str(error)) from error
+        name, _, rest = str(error).partition(" ")
+        flag = f"--{name.replace('_', '-')}" if name in own else name
+        raise ModelError(f"{flag} {rest}") from error
     model.method, model.method_settings = method, own
     model.adapted = len(chosen), len(linear_layers(model))  # of how many linear layers
     freeze(model)

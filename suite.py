@@ -5,10 +5,9 @@
     python suite.py --method mlae lora --lr 4e-3 8e-3 --choose lr --seed 0 1 2   # both tuned
     python suite.py --table runs --against lora              # the table of what is in a folder
 
-It takes train.py's flags, each with one value or several; `--targets attn.qkv attn.qkv,mlp.fc1` are
-two values, and so are `--mask-prob 0.3 attn.qkv=0.5,mlp.fc1=0.3`. Finished runs are skipped, and
-stopped ones go on. The same command in several shells, or on several machines that share --out,
-divides the runs among them. The last line is JSON, and <out>/runs.csv has a row for every run.
+Flags are train.py's, each with one value or several: `--targets attn.qkv attn.qkv,mlp.fc1` are two.
+Finished runs are skipped, and stopped ones go on. The same command in several shells, or on machines
+that share --out, divides the runs. <out>/runs.csv has a row for each run; the last line is JSON.
 
 With --choose, every value of these flags is tried first, for each task, method and other setting by
 itself: it trains on 800 images and scores val200. The best mean wins, of equals the smaller value.
@@ -120,8 +119,8 @@ def row_of(folder: str | Path, out: str | Path) -> dict:
         row = {name: value for name, value in row.items() if name not in runs.PLACE}
         row |= {"identity": own, "benchmark": benchmark, "task": task, "split": split}
         row |= {"weights": printable(metrics.pop("model")), "official": metrics["official"]}
+        metrics.pop("digests", None)  # they are long, and the task's
         row |= {name.removeprefix(f"{split}_"): value for name, value in metrics.items()}
-        row.pop("digests", None)  # they are long, and the task's
         row |= {"top1": float(row["top1"]), "run": folder.relative_to(out).as_posix()}
         row["data"] = printable(" ".join(metrics["data"].split()))
         row |= {"similarity": last.get("similarity"), "train_top1": last.get("train_top1")}
@@ -165,20 +164,16 @@ def to_cell(value) -> str:
 
 
 def add_to_table(out: str, folder: str, seen: dict[str, dict]) -> None:
-    """Write a finished run into <out>/runs.csv, in the place of an earlier row of it, unless it
-    stands there already. `seen` are the cells of each run, as this process last saw them: many
-    processes on one table must not all write it for each run."""
+    """Write a finished run into <out>/runs.csv, in the place of an earlier row of it. Not if `seen`,
+    {run: its cells} as last seen there, has it: of many processes each passes every run."""
     path = Path(out, "runs.csv")
     row = {name: to_cell(value) for name, value in row_of(folder, out).items()}
-    before = seen.get(row["run"], {})
-    if before and all(before.get(name, "") == cell for name, cell in row.items()):
+    if row.items() <= seen.get(row["run"], {}).items():
         return
     with runs.lock(path.with_name("runs.lock"), patience=60), runs.reading(path):
-        seen.clear()
         if path.exists():
             earlier = pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
             seen |= {other["run"]: other for other in earlier}
-        seen.pop(row["run"], None)
         seen[row["run"]] = row
         with runs.write_atomically(path) as draft:
             pandas.DataFrame(seen.values(), dtype=object).to_csv(draft, index=False)
@@ -244,9 +239,9 @@ def run_all(todo: list[argparse.Namespace], left_out: dict[str, str]) -> list[tu
 
 
 def choose(results: list[tuple], names: list[str], others: list[str]) -> list[dict]:
-    """Of (arguments, metrics) of runs on val200, the settings (arguments with no seed) with the
-    best mean of each task, method and value of the flags `others`, of equals the smaller values of
-    the flags `names`; those with which a seed diverged are behind the rest. Prints the choice."""
+    """Of (arguments, metrics) of runs on val200, the settings (arguments with no seed) with the best
+    mean for each task, method and value of the flags `others`, of equals the smaller `names`;
+    those with which a seed diverged are behind the rest. Prints the choice."""
     trials, groups = {}, {}  # {settings: top-1 of each seed}, {what is compared: its trials}
     for run, metrics in results:
         settings = json.dumps(vars(run) | {"seed": None})
@@ -278,17 +273,16 @@ def size(value):
 
 def words_of(settings: dict, names: list[str]) -> str:
     """For example "lr=0.001"; without settings that the method has not."""
-    given = [name for name in names if settings[name] is not None]
-    return " ".join(f"{name}={shown(settings[name])}" for name in given)
+    return " ".join(f"{one}={shown(settings[one])}" for one in names if settings[one] is not None)
 
 
 # --- intervals ------------------------------------------------------------------------------------
 def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
     """(mean, low, high): the 95 % interval of the mean by Student's t; None, None of one value."""
-    mean, n = statistics.mean(values), len(values)
-    if n < 2:
+    mean = statistics.mean(values)
+    if len(values) < 2:
         return mean, None, None
-    half = scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(values)
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
     return mean, float(mean - half), float(mean + half)
 
 
@@ -296,9 +290,8 @@ def image_interval(a: list[dict], b: list[dict]) -> list[float]:
     """[low, high]: the 95 % interval, in points, of the mean top-1 of runs a minus that of runs b
     of the same seeds, over seeds and images together; [] if not all have answers to these.
 
-    It lies between the percentiles 2.5 and 97.5 of 10,000 means (a paired bootstrap). Each is over
-    seeds drawn with replacement, and images drawn so, the same for all its seeds. Of few seeds it
-    is too narrow: it draws sqrt((S - 1) / S) of the spread over S seeds."""
+    A paired bootstrap: it lies between percentiles of 10,000 means, each over seeds and images drawn
+    with replacement. Of few seeds it is too narrow, by sqrt((S - 1) / S) for the spread over S."""
     is_other = len({run.get("digest") for run in [*a, *b]}) > 1
     if is_other or not all(run.get("correct") for run in [*a, *b]):
         return []
@@ -317,10 +310,9 @@ def image_interval(a: list[dict], b: list[dict]) -> list[float]:
 
 
 def compare(rows: list[dict], words: str) -> None:
-    """Fill in, in place, the paired differences to one configuration of each table: the mean and
-    its interval over seeds; of single tasks, never of means, that over seeds and images. Means are
-    compared if both are over all tasks. RunError if the words, as in "lora" or "mlae mask_prob=0",
-    fit none or several in every table."""
+    """Fill in the paired differences to one configuration of each table: the mean, its interval over
+    seeds and, of single tasks, that over seeds and images. Means are compared if both are over all
+    tasks. RunError if the words, "mlae mask_prob=0", fit none or several in every table."""
     found, notes, unknown = [], [], []
     for place in dict.fromkeys((row["benchmark"], row["split"]) for row in rows):
         table = [row for row in rows if (row["benchmark"], row["split"]) == place]
@@ -348,9 +340,9 @@ def compare(rows: list[dict], words: str) -> None:
                 if value is not None:
                     row[name] = round(value, COMPARED[name]) + 0.0  # no -0.0
     if not any(row["against"] for row in rows):
-        names = ", ".join(found or sorted({row["configuration"] for row in rows}))
-        problem = "fits several" if found else "fits none"
-        raise RunError(f"--against {words!r} {problem} of these configurations: {names}")
+        names = found or sorted({row["configuration"] for row in rows})
+        problem = f"fits {'several' if found else 'none'} of these configurations"
+        raise RunError(f"--against {words!r} {problem}: {', '.join(names)}")
     if unknown:
         what = f"no answers for each of the same images are stored for {few(unknown)}"
         notes.append(printable(f"note: {what}: the interval is over seeds alone"))
@@ -457,8 +449,7 @@ def label(arguments: dict, given: dict, rivals: list[dict]) -> str:
     """The method, and its settings in which the configurations of the table differ; of a method's
     own settings that were not given, those in which its own configurations differ."""
     method = arguments["method"]
-    same = [rival for rival in rivals if rival["method"] == method]
-    words = [method]
+    words, same = [method], [rival for rival in rivals if rival["method"] == method]
     for name, value in arguments.items():
         usual = name not in given and name in ("targets", *METHODS[method].settings)
         choices = {json.dumps(rival.get(name)) for rival in (same if usual else rivals)}
@@ -537,8 +528,7 @@ def cell(row: dict) -> str:
 
 
 def difference(row: dict) -> str:
-    """For example -1.00 [-2.10, 0.10] (5); with images [-2.6, 0.6]: the mean, its interval over
-    seeds and how many seeds are common, and the interval over seeds and images."""
+    """For example -1.00 [-2.10, 0.10] (5); with images [-2.6, 0.6], over five common seeds."""
     if row["difference"] is None:
         return "-"
     seeds = "" if row["low"] is None else " [{low:.2f}, {high:.2f}]"
@@ -594,7 +584,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"note: these runs come from {len(codes)} versions of the code", file=sys.stderr)
         rows = rows_of(found, names, searched=not paths)
         if against:
-            compare(rows, against)
+            scored = [row for row in rows if row["split"] == "test" and names]  # val only chose
+            compare(scored or rows, against)
         print(tabulate(rows, form))
         if not paths:  # under the names of metrics.json
             last, keys = [], ("method", "configuration", "chosen", "seeds", "n", "official")

@@ -12,6 +12,7 @@ from conftest import log, stop_after
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import eval as evaluation
 import model as models
@@ -130,7 +131,7 @@ def test_settings_of_other_methods_are_ignored_and_unknown_ones_are_not():
 )
 def test_settings_that_are_not_to_be_had(method, wrong):
     (name,) = wrong
-    with pytest.raises(models.ModelError, match=name.removeprefix("start_")):
+    with pytest.raises(models.ModelError, match=name.removeprefix("start_").replace("_", ".")):
         make(method, **wrong)
 
 
@@ -523,3 +524,42 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(run, monkeypatch, metho
     with pytest.raises(SystemExit) as stop:
         evaluation.main([resumed["run"], "--device", "cpu"])
     assert stop.value.code == 0  # reported, unmerged and merged scores agree
+
+
+def average(net, steps):
+    """The moving average of a model, buffers included, after many steps that do not change it."""
+    copy = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    yield copy.module
+    for _ in range(steps):
+        copy.update_parameters(net)
+    yield copy.module
+
+
+@pytest.mark.parametrize("method", ["mlae", "snell"])
+def test_an_average_of_models_keeps_the_rows_of_q_and_v(method):
+    net = make(method, targets=["attn.q", "attn.v"])
+    rows = [layer.rows.clone() for layer in layers_of(net)]
+    *_, averaged = average(net, 60)
+    for layer, wanted in zip(layers_of(averaged), rows, strict=True):
+        assert torch.equal(layer.rows, wanted)
+    other = make(method, targets=["attn.q", "attn.k"])
+    other.load_state_dict(averaged.state_dict())
+    for layer, wanted in zip(layers_of(other), rows, strict=True):
+        assert torch.equal(layer.rows, wanted)
+    with pytest.raises(RuntimeError, match="rows"):  # of all layers
+        other.load_state_dict(make(method, targets=["attn.qkv"]).state_dict())
+    assert layers_of(net.to("meta"))[0].rows.is_meta
+
+
+def test_an_average_of_models_has_the_sparsity_that_they_come_to():
+    net = make("snella")
+    steps = average(net, 80)
+    next(steps)
+    for layer in layers_of(net):
+        layer.sparsity = 0.8
+    averaged = next(steps).eval()
+    for layer in layers_of(averaged):
+        assert (layer.delta_weight() == 0).double().mean().item() == pytest.approx(0.8, abs=1e-3)
+    other = make("snella")
+    other.load_state_dict(averaged.state_dict())
+    assert [layer.sparsity for layer in layers_of(other)] == pytest.approx([0.8] * 24, abs=1e-3)
