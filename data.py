@@ -573,7 +573,7 @@ def main(argv: list[str] | None = None) -> None:
                 for name, digest in images.digests.items():
                     print(f"        {name:16} sha256 {digest}")
         if len(missing) == len(task.sources):
-            print(f"    not there: {missing[0]}")
+            print(f"    not there: {str(missing[0]).removeprefix(f'{task.name}: ')}")
     sys.exit(0 if is_whole else 1)
 
 
