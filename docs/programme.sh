@@ -5,8 +5,8 @@
 #
 # Several processes share out the runs of each command. What is finished is skipped, so that the same
 # command goes on after an interruption. PROCESSES=12 and OUT=runs/programme are the defaults, and
-# PARTS="rank long" makes these parts alone. On an H200 14 processes made 236 runs, main and most of
-# regularisers, in 380 seconds, mostly waiting for each other's tables, which has been mended since.
+# PARTS="rank long" makes these parts alone. On an H200 it should take some six minutes: see "What is
+# to be run next" in docs/results.md.
 # Each part ends in OUT/<part>/runs.csv, to be kept as results/<part>.csv, and in OUT/<part>.txt,
 # its table. Rehearsal on a CPU, one epoch of the demo for each run: DRY=1 bash docs/programme.sh
 set -euo pipefail
