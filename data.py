@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -405,6 +405,8 @@ def unreadable(files: Sequence[Path]) -> dict[Path, str]:
                 as_photo(image)
         except Image.DecompressionBombError:
             return f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller"
+        except UnidentifiedImageError:
+            return "no image, or a damaged one"
         except Exception as error:  # whatever a damaged file makes Pillow raise
             return str(error) if type(error) is ValueError else type(error).__name__
         return ""
