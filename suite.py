@@ -41,7 +41,6 @@ from runs import RunError, shown
 from splits import printable, regular
 
 PROTOCOL = "here: the last epoch's weights, scored once; mean ± standard deviation over seeds (n)"
-GROUPED = ("vtab-1k",)  # benchmarks with a mean of groups
 PUBLISHED = Path(__file__).resolve().parent / "results" / "published.csv"
 MARKDOWN = {"tablefmt": "github", "disable_numparse": True}
 WIDE = 6  # tasks and means that are columns of a table; more are its lines
@@ -290,23 +289,24 @@ def image_interval(a: list[dict], b: list[dict]) -> list[float]:
     """[low, high]: the 95 % interval, in points, of the mean top-1 of runs a minus that of runs b
     of the same seeds, over seeds and images together; [] if not all have answers to these.
 
-    A paired bootstrap: it lies between percentiles of 10,000 means, each over seeds and images drawn
-    with replacement. Of few seeds it is too narrow, by sqrt((S - 1) / S) for the spread over S."""
-    is_other = len({run.get("digest") for run in [*a, *b]}) > 1
-    if is_other or not all(run.get("correct") for run in [*a, *b]):
+    The mean, more or less t times the deviation of 10,000 means (a paired bootstrap), each over S - 1
+    of the S seeds and N images drawn with replacement: S of few seeds would vary too little. As only
+    seeds are few, t has Satterthwaite's degrees of freedom. It is rather too wide than too narrow."""
+    if not all(run.get("correct") and run["digest"] == a[0]["digest"] for run in [*a, *b]):
         return []
     packed = [np.frombuffer(base64.b64decode(run["correct"]), np.uint8) for run in [*a, *b]]
     right = np.unpackbits(np.stack(packed), axis=1, count=a[0]["images"])  # (2 S, N)
-    differences = np.subtract(*np.split(right.astype(np.int8), 2))  # (S, N) of -1, 0, 1
+    differences = np.subtract(*np.split(100.0 * right, 2))  # (S, N) of -100, 0, 100
     # images alike in all seeds are drawn together: how many of each of the K kinds is multinomial
     kinds, counts = np.unique(differences, axis=1, return_counts=True)  # (S, K), (K,)
-    (seeds, images), generator, means = differences.shape, np.random.default_rng(0), []
-    for _ in range(10):  # a part at a time takes less memory
-        drawn_seeds = generator.multinomial(seeds, [1 / seeds] * seeds, 1000)  # (1000, S)
-        drawn_images = generator.multinomial(images, counts / images, 1000)  # (1000, K)
-        sums = (drawn_seeds @ kinds * drawn_images).sum(1)  # (1000,)
-        means.append(100 * sums / (seeds * images))
-    return np.percentile(means, [2.5, 97.5]).tolist()
+    (seeds, images), generator = differences.shape, np.random.default_rng(0)
+    drawn_seeds = generator.multinomial(seeds - 1, [1 / seeds] * seeds, 10_000)  # (10000, S)
+    drawn_images = generator.multinomial(images, counts / images, 10_000)  # (10000, K)
+    means = (drawn_seeds @ kinds * drawn_images).sum(1) / ((seeds - 1) * images)
+    mean, deviation = differences.mean(), max(means.std(), 1e-9)
+    of_seeds = max(scipy.stats.sem(differences.mean(1)) / deviation, 1e-9)  # 1: all of it
+    half = scipy.stats.t.ppf(0.975, (seeds - 1) / of_seeds**4) * deviation
+    return [float(mean - half), float(mean + half)]
 
 
 def compare(rows: list[dict], words: str) -> None:
@@ -412,7 +412,7 @@ def rows_of(found: pandas.DataFrame, chosen: Sequence[str] = (), searched=False)
             tasks = [name for name in group_of if name in scores] or list(scores)
             lines = {name: ([name], 1) for name in tasks}  # of how many tasks
             tasks = [name for name in tasks if official[name]]  # means are over these alone
-            if has_means and tasks and benchmark in GROUPED:
+            if has_means and tasks and benchmark == "vtab-1k":
                 for group in dict.fromkeys(groups):
                     members = [name for name in tasks if group_of[name] == group]
                     lines[group] = members, groups.count(group)
