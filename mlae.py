@@ -7,7 +7,7 @@ decomposition of a LoRA). Expert i is a row a_i of `lora_A` (r, in), a column b_
     y = x W^T + b + sum_i m_i lambda_i (x . a_i) b_i
 
 The mask m is what makes it MLAE. At every training step each layer keeps each expert with
-probability 1 - p and scales the kept ones by 1 / (1 - p), so that the mean over masks is the layer
+probability 1 - p and scales the kept ones by 1 / (1 - p), so that the mean output is the one
 without a mask. All images and tokens of a batch share one mask. In eval mode every expert acts.
 A second, fixed mask (`expert_mask`) can switch experts off for good. The paper's claim: experts
 that cannot lean on each other learn different things (`expert_similarity`).
@@ -130,7 +130,7 @@ class MLAELinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def _apply(self, move, *args):
-        """Move `rows` as well: it is no buffer, so that an average of models (EMA) leaves it alone."""
+        """Move `rows` as well: it is not a buffer, so that an average of models (EMA) skips it."""
         self.rows = None if self.rows is None else move(self.rows)
         return nn.Linear._apply(self, move, *args)
 
@@ -248,12 +248,12 @@ class _FoldedLinear(torch.autograd.Function):
 
 
 def keep_calls(layer: nn.Module, args: tuple) -> None:
-    """A hook that does nothing, but where one is nn.TransformerEncoderLayer does not take its fast
-    path, which reads the weights of its layers instead of calling them."""
+    """An empty hook. With one, nn.TransformerEncoderLayer does not take its fast path, which reads
+    the weights of its layers instead of calling them."""
 
 
 def save_rows(layer: nn.Module, state: dict, prefix: str, _) -> None:
-    """A hook: a file knows its rows."""
+    """A hook: save `rows`, too."""
     state[f"{prefix}rows"] = layer.rows
 
 
