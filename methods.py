@@ -224,8 +224,10 @@ class LoRALinear(MLAELinear):
 
 def rmlora_plan(names: Sequence[str], settings: dict) -> list[dict]:
     """LoRA's, for RM-LoRA; raises ValueError for settings that are not to be had."""
-    if settings["variant"] not in (1, 2) or settings["active_ranks"] < 1:
-        raise ValueError("variant must be 1 or 2, and active_ranks at least 1")
+    if settings["variant"] not in (1, 2):
+        raise ValueError(f"variant must be 1 or 2, not {settings['variant']}")
+    if settings["active_ranks"] < 1:
+        raise ValueError(f"active_ranks must be at least 1, not {settings['active_ranks']}")
     return lora_plan(names, settings)
 
 
@@ -310,7 +312,7 @@ class MoRLinear(FactoredLinear):
         experts = (experts * self.scale_B.unsqueeze(1)).flatten(0, 1)  # (N rank, out)
         if self.rows is not None:
             zeros = experts.new_zeros(len(experts), self.out_features)
-            experts = zeros.index_copy(1, self.rows, experts)
+            experts = zeros.index_copy(1, self.rows.to(x.device), experts)
         return y + (h.flatten(-2) @ experts).to(y.dtype)
 
     def _fold_onto(self, weight: Tensor) -> Tensor:
@@ -364,7 +366,8 @@ class SNELLLinear(FactoredLinear):
             raise ValueError(f"sparsity must be in [0, 1), not {sparsity}")
         if gate not in ("code", "paper"):
             raise ValueError(f"gate must be one of code, paper, not {gate!r}")
-        self.register_buffer("share", torch.zeros(()), persistent=False)  # the same, as a tensor
+        share = self.lora_A.new_zeros((), dtype=torch.float32)  # the same, as a tensor
+        self.register_buffer("share", share, persistent=False)
         self.sparsity, self.gate = float(sparsity), gate
         for factor in (self.lora_A, self.lora_B):
             bound = 1 / math.sqrt(factor.numel() / 2)  # kaiming's of (2, size, rank / 2)
@@ -377,17 +380,22 @@ class SNELLLinear(FactoredLinear):
 
     @property
     def sparsity(self) -> float:
-        """What was set; in scoring what an average of models (EMA, SWA) has made of it."""
-        return self._sparsity if self.training else self._averaged()
+        """What was set; in scoring what torch's AveragedModel (EMA, SWA) has made of it."""
+        own = self.training or torch.compiler.is_compiling()  # neither asks the GPU
+        return self._sparsity if own else self._averaged()
 
     @sparsity.setter
     def sparsity(self, sparsity: float) -> None:
         self._sparsity = sparsity
+        if self.share.is_meta:  # loaded with assign=True
+            self.share = torch.zeros((), device=self.lora_A.device)
         self.share.fill_(sparsity)
 
     def _averaged(self) -> float:
-        share = self.share.item()
-        return self._sparsity if math.isclose(share, self._sparsity, rel_tol=1e-6) else share
+        if self.share.is_meta:
+            return self._sparsity
+        share, off = self.share.item(), torch.finfo(self.share.dtype).eps
+        return self._sparsity if math.isclose(share, self._sparsity, rel_tol=off) else share
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self._averaged(), dtype=torch.float64)
@@ -395,7 +403,7 @@ class SNELLLinear(FactoredLinear):
     def set_extra_state(self, state: Tensor) -> None:
         self.sparsity = min(1.0, max(0.0, state.item()))  # a file may hold anything
 
-    def _update(self, dtype: torch.dtype) -> Tensor:
+    def _update(self, dtype: torch.dtype, sparsity: float) -> Tensor:
         a = self.lora_A.to(dtype).unflatten(0, (2, -1)).mT  # (2, in, rank / 2)
         b = self.lora_B.to(dtype).unflatten(1, (2, -1)).transpose(0, 1)  # (2, out, rank / 2)
         # by a product of matrices; its gradient at distance 0 is 0
@@ -405,21 +413,23 @@ class SNELLLinear(FactoredLinear):
             scale, temperature, shift = self.mix.to(dtype)
             D = D + scale * (D / temperature).softmax(0) + shift  # over the outputs
         size = D.abs()
-        threshold = quantile(size.detach().flatten(), self.sparsity)
+        threshold = quantile(size.detach().flatten(), sparsity)
         if self.gate == "paper":
             return D * (size - threshold).clamp_min(0)
         return D * torch.where(size > threshold, size, 0).detach()
 
-    def _fold_onto(self, weight: Tensor) -> Tensor:
+    def _fold_onto(self, weight: Tensor, sparsity: float | None = None) -> Tensor:
+        sparsity = self._averaged() if sparsity is None else sparsity
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
-            update = self._update(wide)
+            update = self._update(wide, sparsity)
             if self.rows is None:
                 return weight + update
-            return weight.to(wide).index_add(0, self.rows, update)
+            return weight.to(wide).index_add(0, self.rows.to(update.device), update)
 
     def _folded(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._fold_onto(self.weight).to(self.weight.dtype), self.bias)
+        folded = self._fold_onto(self.weight, self.sparsity)
+        return F.linear(x, folded.to(self.weight.dtype), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         # no (out, in) matrix is kept for the backward pass: the update is made again there
@@ -481,8 +491,9 @@ def reallocate(model: nn.Module, progress: float) -> None:
 
 def snella_plan(names: Sequence[str], settings: dict) -> list[dict]:
     """Every layer of SNELLA starts at `start_sparsity`; `sparsity` is for `reallocate`."""
-    if not 0 <= settings["sparsity"] < 1:
-        raise ValueError(f"sparsity must be in [0, 1), not {settings['sparsity']}")
+    for name in ("sparsity", "start_sparsity"):
+        if not 0 <= settings[name] < 1:
+            raise ValueError(f"{name} must be in [0, 1), not {settings[name]}")
     shared = {"rank": settings["rank"], "gate": settings["gate"], "adaptive": True}
     return [shared | {"sparsity": settings["start_sparsity"]}] * len(names)
 

@@ -105,7 +105,7 @@ class MLAELinear(nn.Linear):
         if self.rows is None:
             return self.lora_B
         zeros = self.lora_B.new_zeros(self.out_features, self.rank)
-        return zeros.index_copy(0, self.rows, self.lora_B)  # (out, rank)
+        return zeros.index_copy(0, self.rows.to(zeros.device), self.lora_B)  # (out, rank)
 
     def _add_factors(self, rank: int, rows: Tensor | None, device=None) -> None:
         """Freeze W and b; A starts at random, B at zero, on `device` if not on the weight's."""
@@ -129,10 +129,10 @@ class MLAELinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def _apply(self, move, *args):
+    def _apply(self, move, *args, **words):
         """Move `rows` as well: it is not a buffer, so that an average of models (EMA) skips it."""
         self.rows = None if self.rows is None else move(self.rows)
-        return nn.Linear._apply(self, move, *args)
+        return nn.Linear._apply(self, move, *args, **words)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **kwargs) -> MLAELinear:
@@ -257,15 +257,16 @@ def save_rows(layer: nn.Module, state: dict, prefix: str, _) -> None:
     state[f"{prefix}rows"] = layer.rows
 
 
-def load_rows(
-    layer: nn.Module, state: dict, prefix: str, _, strict, missing: list, *others
-) -> None:
-    """A hook: take the rows of a state, or say that it has none."""
+def load_rows(layer, state: dict, prefix: str, how: dict, strict, missing, _, errors) -> None:
+    """A hook: take the rows of a state, or say that it has none, or not as many."""
     rows = state.pop(f"{prefix}rows", None)
     if rows is None:
         missing.append(f"{prefix}rows")
-    else:
-        layer.rows = rows.to(layer.weight.device)
+    elif rows.shape != layer.rows.shape:
+        errors.append(f"size mismatch for {prefix}rows: {len(rows)}, not {len(layer.rows)}")
+    else:  # as load_state_dict does with a buffer
+        place = rows.device if how.get("assign_to_params_buffers") else layer.rows.device
+        layer.rows = rows.to(place, torch.long, copy=True)
 
 
 def check_mask_prob(p: float) -> None:

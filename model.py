@@ -452,11 +452,11 @@ def sha256(path: str | os.PathLike) -> str:
     if not Path(path).is_file():
         raise ModelError(f"--checkpoint: there is no file {path}")
     now = os.stat(path)
-    return digest_of(path, now.st_size, now.st_mtime_ns)
+    return digest_of(os.path.abspath(path), now.st_ino, now.st_size, now.st_mtime_ns)
 
 
 @lru_cache  # a suite asks at every run
-def digest_of(path: str | os.PathLike, size: int, changed: int) -> str:
+def digest_of(path: str, *version: int) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 

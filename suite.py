@@ -20,6 +20,7 @@ import argparse
 import base64
 import itertools
 import json
+import math
 import re
 import statistics
 import sys
@@ -167,15 +168,17 @@ def add_to_table(out: str, folder: str, seen: dict[str, dict]) -> None:
     {run: its cells} as last seen there, has it: of many processes each passes every run."""
     path = Path(out, "runs.csv")
     row = {name: to_cell(value) for name, value in row_of(folder, out).items()}
-    if row.items() <= seen.get(row["run"], {}).items():
+    if path.exists() and row.items() <= seen.get(row["run"], {}).items():
         return
-    with runs.lock(path.with_name("runs.lock"), patience=60), runs.reading(path):
-        if path.exists():
-            earlier = pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-            seen |= {other["run"]: other for other in earlier}
-        seen[row["run"]] = row
-        with runs.write_atomically(path) as draft:
-            pandas.DataFrame(seen.values(), dtype=object).to_csv(draft, index=False)
+    with runs.lock(path.with_name("runs.lock"), patience=60):  # others may be writing it too
+        seen.clear()
+        for other in read_table(path) if path.exists() else ():
+            seen[other["run"]] = {name: to_cell(value) for name, value in other.items()}
+        if not row.items() <= seen.get(row["run"], {}).items():
+            seen.pop(row["run"], None)
+            seen[row["run"]] = row  # the newest is the last
+            with runs.write_atomically(path) as draft:
+                pandas.DataFrame(seen.values(), dtype=object).to_csv(draft, index=False)
 
 
 # --- many runs ------------------------------------------------------------------------------------
@@ -289,24 +292,19 @@ def image_interval(a: list[dict], b: list[dict]) -> list[float]:
     """[low, high]: the 95 % interval, in points, of the mean top-1 of runs a minus that of runs b
     of the same seeds, over seeds and images together; [] if not all have answers to these.
 
-    The mean, more or less t times the deviation of 10,000 means (a paired bootstrap), each over S - 1
-    of the S seeds and N images drawn with replacement: S of few seeds would vary too little. As only
-    seeds are few, t has Satterthwaite's degrees of freedom. It is rather too wide than too narrow."""
-    if not all(run.get("correct") and run["digest"] == a[0]["digest"] for run in [*a, *b]):
+    Half of it is hypot(half of `interval` over the seeds, 1.96 deviations over the images): those of
+    10,000 mean differences over images drawn with replacement, the same for all runs."""
+    if not all(run.get("correct") and run.get("digest") == a[0].get("digest") for run in [*a, *b]):
         return []
     packed = [np.frombuffer(base64.b64decode(run["correct"]), np.uint8) for run in [*a, *b]]
     right = np.unpackbits(np.stack(packed), axis=1, count=a[0]["images"])  # (2 S, N)
     differences = np.subtract(*np.split(100.0 * right, 2))  # (S, N) of -100, 0, 100
-    # images alike in all seeds are drawn together: how many of each of the K kinds is multinomial
-    kinds, counts = np.unique(differences, axis=1, return_counts=True)  # (S, K), (K,)
-    (seeds, images), generator = differences.shape, np.random.default_rng(0)
-    drawn_seeds = generator.multinomial(seeds - 1, [1 / seeds] * seeds, 10_000)  # (10000, S)
-    drawn_images = generator.multinomial(images, counts / images, 10_000)  # (10000, K)
-    means = (drawn_seeds @ kinds * drawn_images).sum(1) / ((seeds - 1) * images)
-    mean, deviation = differences.mean(), max(means.std(), 1e-9)
-    of_seeds = max(scipy.stats.sem(differences.mean(1)) / deviation, 1e-9)  # 1: all of it
-    half = scipy.stats.t.ppf(0.975, (seeds - 1) / of_seeds**4) * deviation
-    return [float(mean - half), float(mean + half)]
+    mean, low, _ = interval(differences.mean(1).tolist())
+    kinds, counts = np.unique(differences.mean(0), return_counts=True)  # (K,), (K,)
+    images = counts.sum()
+    drawn = np.random.default_rng(0).multinomial(images, counts / images, 10_000)  # of each kind
+    half = math.hypot(mean - low, 1.96 * (drawn @ kinds / images).std())
+    return [mean - half, mean + half]
 
 
 def compare(rows: list[dict], words: str) -> None:
@@ -584,8 +582,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"note: these runs come from {len(codes)} versions of the code", file=sys.stderr)
         rows = rows_of(found, names, searched=not paths)
         if against:
-            scored = [row for row in rows if row["split"] == "test" and names]  # val only chose
-            compare(scored or rows, against)
+            scored = {row["benchmark"] for row in rows if row["split"] == "test" and names}
+            compare(
+                [r for r in rows if r["split"] == "test" or r["benchmark"] not in scored], against
+            )
         print(tabulate(rows, form))
         if not paths:  # under the names of metrics.json
             last, keys = [], ("method", "configuration", "chosen", "seeds", "n", "official")

@@ -69,6 +69,12 @@ else
 fi
 real+=("$@")
 
+for part in "${parts[@]}"; do
+    if [[ " main regularisers rank long ablations pixels " != *" $part "* ]]; then
+        echo "PARTS: there is no part $part" >&2
+        exit 2
+    fi
+done
 mkdir -p "$out"
 for number in $(seq "$processes"); do
     programme > "$out/process-$number.log" 2>&1 &

@@ -563,3 +563,32 @@ def test_an_average_of_models_has_the_sparsity_that_they_come_to():
     other = make("snella")
     other.load_state_dict(averaged.state_dict())
     assert [layer.sparsity for layer in layers_of(other)] == pytest.approx([0.8] * 24, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["mlae", "snell"])
+def test_layers_of_rows_can_be_made_on_meta_and_filled(method):
+    net = make(method, targets=["attn.q", "attn.v"]).eval()
+    state, x = net.state_dict(), torch.randn(2, 3, 28, 28)
+    assigned = make(method, targets=["attn.q", "attn.v"]).eval().to("meta")
+    assigned.load_state_dict(state, assign=True)
+    emptied = make(method, targets=["attn.q", "attn.v"]).eval().to("meta").to_empty(device="cpu")
+    emptied.load_state_dict(state)
+    for other in (assigned, emptied):
+        assert torch.equal(other(x), net(x))
+        rows = [layer.rows for layer in layers_of(other)]
+        assert all(torch.equal(a, b.rows) for a, b in zip(rows, layers_of(net), strict=True))
+        assert not rows[0].data_ptr() == layers_of(net)[0].rows.data_ptr()
+    few = {key: value[:9] if key.endswith("rows") else value for key, value in state.items()}
+    with pytest.raises(RuntimeError, match="rows"):
+        assigned.load_state_dict(few)
+    assert torch.equal(assigned(x), net(x))
+
+
+def test_the_sparsity_of_snell_keeps_its_precision_and_compiles_in_scoring():
+    layer = SNELLLinear(16, 16, rank=4, sparsity=0.9).eval()
+    assert SNELLLinear(16, 16, rank=4, sparsity=0.9).eval().bfloat16().sparsity == 0.9
+    x = torch.randn(2, 16)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x), layer(x))
+    exported = torch.export.export(layer, (x,)).module()
+    assert torch.allclose(exported(x), layer(x))

@@ -381,15 +381,14 @@ def test_the_interval_over_seeds_and_images_is_that_of_a_plain_bootstrap(call):
     same, row = sorted((row for row in rows if row["against"]), key=lambda row: row["task"])
     assert (same["image_low"], same["image_high"]) == (100, 100)  # all alike: no width
     means = []
-    for _ in range(4000):  # of four seeds three: four vary too little, by 3 / 4 of the variance
-        seeds, images = rng.integers(4, size=3), rng.integers(203, size=203)
-        drawn = []
-        for seed in seeds:
+    for _ in range(4000):
+        images, drawn = rng.integers(203, size=203), []
+        for seed in range(4):
             drawn.append(answers[0.5, seed][images].mean() - answers[0.0, seed][images].mean())
         means.append(100 * np.mean(drawn))
     by_seed = [100 * (answers[0.5, s].mean() - answers[0.0, s].mean()) for s in range(4)]
-    freedom = 3 * (np.var(means) / (np.var(by_seed, ddof=1) / 4)) ** 2  # Satterthwaite's
-    half = scipy.stats.t.ppf(0.975, freedom) * np.std(means)
+    of_seeds = scipy.stats.ttest_1samp(by_seed, 0).confidence_interval(0.95)
+    half = np.hypot((of_seeds.high - of_seeds.low) / 2, 1.96 * np.std(means))
     ends = row["image_low"], row["image_high"]
     assert ends == pytest.approx((np.mean(by_seed) - half, np.mean(by_seed) + half), abs=0.7)
     words = "--table runs --against mask_prob=0".split()
@@ -416,6 +415,9 @@ def test_a_row_is_written_once_and_anew_when_its_run_has_changed(call, monkeypat
         suite.add_to_table("runs", other.parent, {})
     suite.add_to_table("runs", file.parent, seen)
     assert sorted(pandas.read_csv("runs/runs.csv")["top1"]) == [60.0, 71.0]
+    Path("runs/runs.csv").unlink()
+    suite.add_to_table("runs", file.parent, seen)
+    assert list(pandas.read_csv("runs/runs.csv")["top1"]) == [71.0]
 
 
 def test_without_answers_to_the_same_images_the_interval_is_over_seeds_alone(call, capsys):
