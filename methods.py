@@ -366,8 +366,9 @@ class SNELLLinear(FactoredLinear):
             raise ValueError(f"sparsity must be in [0, 1), not {sparsity}")
         if gate not in ("code", "paper"):
             raise ValueError(f"gate must be one of code, paper, not {gate!r}")
-        share = self.lora_A.new_zeros((), dtype=torch.float32)  # the same, as a tensor
-        self.register_buffer("share", share, persistent=False)
+        place = {"dtype": torch.float32, "device": self.lora_A.device}
+        # a copy of the sparsity, which torch's AveragedModel averages
+        self.register_buffer("mean_sparsity", torch.zeros((), **place), persistent=False)
         self.sparsity, self.gate = float(sparsity), gate
         for factor in (self.lora_A, self.lora_B):
             bound = 1 / math.sqrt(factor.numel() / 2)  # kaiming's of (2, size, rank / 2)
@@ -387,15 +388,16 @@ class SNELLLinear(FactoredLinear):
     @sparsity.setter
     def sparsity(self, sparsity: float) -> None:
         self._sparsity = sparsity
-        if self.share.is_meta:  # loaded with assign=True
-            self.share = torch.zeros((), device=self.lora_A.device)
-        self.share.fill_(sparsity)
+        if self.mean_sparsity.is_meta:  # loaded with assign=True
+            self.mean_sparsity = torch.zeros((), device=self.lora_A.device)
+        self.mean_sparsity.fill_(sparsity)
 
     def _averaged(self) -> float:
-        if self.share.is_meta:
+        """The sparsity as set, but what an average has made of it, where that differs."""
+        if self.mean_sparsity.is_meta:
             return self._sparsity
-        share, off = self.share.item(), torch.finfo(self.share.dtype).eps
-        return self._sparsity if math.isclose(share, self._sparsity, rel_tol=off) else share
+        mean, rounding = self.mean_sparsity.item(), torch.finfo(self.mean_sparsity.dtype).eps
+        return self._sparsity if math.isclose(mean, self._sparsity, rel_tol=rounding) else mean
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self._averaged(), dtype=torch.float64)

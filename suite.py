@@ -582,10 +582,11 @@ def main(argv: list[str] | None = None) -> None:
             print(f"note: these runs come from {len(codes)} versions of the code", file=sys.stderr)
         rows = rows_of(found, names, searched=not paths)
         if against:
-            scored = {row["benchmark"] for row in rows if row["split"] == "test" and names}
-            compare(
-                [r for r in rows if r["split"] == "test" or r["benchmark"] not in scored], against
-            )
+            searched = {
+                (row["benchmark"], "val") for row in rows if row["split"] == "test" and names
+            }
+            rivals = [row for row in rows if (row["benchmark"], row["split"]) not in searched]
+            compare(rivals, against)
         print(tabulate(rows, form))
         if not paths:  # under the names of metrics.json
             last, keys = [], ("method", "configuration", "chosen", "seeds", "n", "official")

@@ -12,7 +12,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 processes=${PROCESSES:-12} out=${OUT:-runs/programme}
-read -ra parts <<< "${PARTS:-main regularisers rank long ablations pixels}"
+all="main regularisers rank long ablations pixels"
+read -ra parts <<< "${PARTS:-$all}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 suite() {  # part, pixels, epochs, flags
@@ -70,8 +71,8 @@ fi
 real+=("$@")
 
 for part in "${parts[@]}"; do
-    if [[ " main regularisers rank long ablations pixels " != *" $part "* ]]; then
-        echo "PARTS: there is no part $part" >&2
+    if [[ " $all " != *" $part "* ]]; then
+        echo "PARTS: there is no part $part; there are $all" >&2
         exit 2
     fi
 done
