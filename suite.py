@@ -582,10 +582,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"note: these runs come from {len(codes)} versions of the code", file=sys.stderr)
         rows = rows_of(found, names, searched=not paths)
         if against:
-            searched = {
-                (row["benchmark"], "val") for row in rows if row["split"] == "test" and names
-            }
-            rivals = [row for row in rows if (row["benchmark"], row["split"]) not in searched]
+            tried = {(row["benchmark"], "val") for row in rows if names and row["split"] == "test"}
+            rivals = [row for row in rows if (row["benchmark"], row["split"]) not in tried]
             compare(rivals, against)
         print(tabulate(rows, form))
         if not paths:  # under the names of metrics.json
